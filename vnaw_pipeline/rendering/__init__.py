@@ -1,0 +1,1 @@
+"""Drawn faces: an Aff-Wild2-shaped data set whose truth is known."""

@@ -1,0 +1,137 @@
+"""What every stage shares: a progress bar, `status.csv`, and the last line that says how it went."""
+
+import csv
+import io
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from vnaw_pipeline.provenance import write_text
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One thing a stage could not do: which video, which frame (None: the whole video), and why."""
+
+    video_id: str
+    frame_index: int | None
+    reason: str
+
+
+@dataclass
+class StageReport:
+    """Outcome of a stage: counts of its units (videos, chunks, epochs) and every failure.
+
+    `units` names what is counted; `frames` is how many frames were worked on in `seconds`.
+    """
+
+    stage: str
+    units: str = "videos"
+    done: int = 0
+    skipped: int = 0
+    frames: int = 0
+    seconds: float = 0.0
+    failures: list[Failure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    status_path: Path | None = None
+
+    @property
+    def ok(self) -> bool:
+        """True if nothing that was asked for failed."""
+        return not self.failures
+
+    def summary(self) -> str:
+        """The stage's last line: done, skipped, failed, rate, time."""
+        failed_videos = len({failure.video_id for failure in self.failures})
+        parts = [f"{self.stage}: {self.done} {self.units} done", f"{self.skipped} skipped"]
+        failed = f"{failed_videos} videos with failures"
+        if self.failures and self.status_path is not None:
+            failed += f" (see {self.status_path})"
+        parts.append(failed)
+        if self.frames and self.seconds > 0:
+            parts.append(f"{self.frames} frames at {self.frames / self.seconds:,.0f} frames/s")
+        minutes, seconds = divmod(self.seconds, 60)
+        parts.append(f"{minutes:.0f} min {seconds:02.0f} s")
+        return ", ".join(parts)
+
+    def write_status(self, path: Path) -> None:
+        """Write the failures as `status.csv` (video_id, frame_index, reason); with none, an empty table."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(["video_id", "frame_index", "reason"])
+        for failure in self.failures:
+            frame = "" if failure.frame_index is None else failure.frame_index
+            writer.writerow([failure.video_id, frame, failure.reason])
+        write_text(path, buffer.getvalue())
+        self.status_path = path
+
+
+class _RateColumn(ProgressColumn):
+    """Units per second since the bar started, in the bar's own unit (`fields['unit']`)."""
+
+    def render(self, task: Task) -> Text:
+        rate = task.finished_speed or task.speed
+        unit = task.fields["unit"]
+        return Text("" if rate is None else f"{rate:,.0f} {unit}/s", style="progress.data.speed")
+
+
+class Bar:
+    """One stage's progress; `advance` may be called from any thread."""
+
+    def __init__(self, progress: Progress | None, label: str, total: int, unit: str) -> None:
+        self._progress = progress
+        self._label, self._total, self._unit = label, total, unit
+        self._count = 0
+        self._started = self._spoken = time.monotonic()
+        self._task = progress.add_task(label, total=total, unit=unit) if progress is not None else None
+
+    def advance(self, count: int) -> None:
+        """Move on by `count` units. Without a terminal, a line a minute is written instead of a bar."""
+        self._count += count
+        if self._progress is not None and self._task is not None:
+            self._progress.advance(self._task, count)
+        elif time.monotonic() - self._spoken >= 60:
+            self._spoken = time.monotonic()
+            rate = self._count / (self._spoken - self._started)
+            sys.stderr.write(f"{self._label}: {self._count}/{self._total} {self._unit}, {rate:,.0f} {self._unit}/s\n")
+
+
+@contextmanager
+def progress_bar(label: str, total: int, unit: str = "frames", shown: bool = True) -> Iterator[Bar]:
+    """Show one bar with rate and time left on standard error.
+
+    Not a terminal: no bar, a line a minute. `shown=False` (all but one of several processes): silent.
+    """
+    console = Console(stderr=True)
+    if not shown:
+        yield Bar(Progress(disable=True), label, total, unit)
+        return
+    if not console.is_terminal:
+        yield Bar(None, label, total, unit)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield Bar(progress, label, total, unit)

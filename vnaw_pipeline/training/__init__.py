@@ -1,0 +1,1 @@
+"""The one training loop and its two recipes: the encoder on frames, the temporal model on windows."""
