@@ -7,7 +7,7 @@ The only module that knows that the challenge counts frames from 1: row k after 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,19 +15,13 @@ import numpy.typing as npt
 from vnaw_pipeline.errors import DataError, listing
 from vnaw_pipeline.provenance import write_text
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, Task
+from vnaw_pipeline.textlines import LineProblem, located, read_lines, shortened
 
 Labels = npt.NDArray[Any]
 """(T,) int64 classes, IGNORE_LABEL where not annotated; or (T, 2) float32 valence and arousal, NaN where not
 annotated; or (T, 12) int8 action units, -1 where not annotated."""
 
 _IMAGE_NAME = re.compile(r"[0-9]{5,}\.jpg")
-
-
-class LineProblem(NamedTuple):
-    """What is wrong in a text file, and in which line, counted from 1 (None: the file as a whole)."""
-
-    line: int | None
-    message: str
 
 
 def image_name(frame_index: int) -> str:
@@ -61,17 +55,13 @@ def read_annotation(path: Path, task: Task) -> Labels:
     """
     labels, problems = scan_annotation(path, task)
     if labels is None:
-        raise DataError(listing([_located(path, problem) for problem in problems]))
+        raise DataError(listing([located(path, problem) for problem in problems]))
     return labels
 
 
 def scan_annotation(path: Path, task: Task) -> tuple[Labels | None, list[LineProblem]]:
     """Read one annotation file without raising: its labels, or None and everything that is wrong with it."""
-    lines, problems = _read_lines(path)
-    if not problems and not lines:
-        problems.append(
-            LineProblem(None, f"the file is empty; expected the header {_header(task)!r} and a row a frame")
-        )
+    lines, problems = read_lines(path)
     if not lines:
         return None, problems
     foreign = _header_problem(lines[0], task)
@@ -94,7 +84,7 @@ def scan_annotation(path: Path, task: Task) -> tuple[Labels | None, list[LinePro
 
 def count_rows(path: Path) -> int:
     """Number of frames an annotation file has a row for, whatever the rows hold; 0 if it cannot be read."""
-    return max(len(_read_lines(path)[0]) - 1, 0)
+    return max(len(read_lines(path)[0]) - 1, 0)
 
 
 def write_annotation(path: Path, labels: Labels, task: Task) -> None:
@@ -122,32 +112,6 @@ def labelled(labels: Labels) -> npt.NDArray[np.bool_]:
     return annotated if annotated.ndim == 1 else np.all(annotated, axis=1)
 
 
-def _read_lines(path: Path) -> tuple[list[str], list[LineProblem]]:
-    """The lines without trailing blank ones and without a byte order mark. A line that is not UTF-8 is replaced."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        return [], [LineProblem(None, f"cannot be read: {error.strerror}")]
-    content = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").rstrip()
-    problems = []
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        problems = [LineProblem(*undecodable) for undecodable in _undecodable_lines(content)]
-        text = content.decode(errors="replace")
-    return text.split("\n") if text else [], problems
-
-
-def _undecodable_lines(content: bytes) -> list[tuple[int, str]]:
-    found = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        try:
-            line.decode()
-        except UnicodeDecodeError as error:
-            found.append((number, f"byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8 text"))
-    return found
-
-
 def _header(task: Task) -> str:
     return ",".join(task.header)
 
@@ -172,7 +136,7 @@ def _header_problem(line: str, task: Task) -> str | None:
         return None if is_same else f"this is an annotation file of task {found.name}; expected {_header(task)!r}"
     if _is_row(line):
         return f"the header is missing: the first line is the row {line!r}; expected {_header(task)!r}"
-    return f"the header is {_shortened(line)}; expected {_header(task)!r}"
+    return f"the header is {shortened(line)}; expected {_header(task)!r}"
 
 
 def _is_row(line: str) -> bool:
@@ -222,15 +186,11 @@ def _row_problem(line: str, task: Task) -> str:
     if not line.strip():
         return "the line is blank; expected a row for this frame"
     if found != columns:
-        return f"{found} columns in {_shortened(line)}; expected {columns}"
+        return f"{found} columns in {shortened(line)}; expected {columns}"
     fields = line.split(",")
     allowed = _allowed(_parse_rows(fields, 1, _number(task)), task)[:, 0]
     bad = [field for field, is_allowed in zip(fields, allowed, strict=True) if not is_allowed]
-    return f"bad value {', '.join(_shortened(field) for field in bad)}; expected {_expected(task)}"
-
-
-def _shortened(text: str, limit: int = 60) -> str:
-    return repr(text if len(text) <= limit else text[:limit] + "...")
+    return f"bad value {', '.join(shortened(field) for field in bad)}; expected {_expected(task)}"
 
 
 def _to_labels(values: npt.NDArray[np.float64], task: Task) -> Labels:
@@ -244,8 +204,3 @@ def _to_labels(values: npt.NDArray[np.float64], task: Task) -> Labels:
         return labels
     # The last entry answers for label -1: numpy counts negative indices from the end.
     return np.array([*task.from_expr8, IGNORE_LABEL], dtype=np.int64)[labels]
-
-
-def _located(path: Path, problem: LineProblem) -> str:
-    place = str(path) if problem.line is None else f"{path}:{problem.line}"
-    return f"{place}: {problem.message}"
