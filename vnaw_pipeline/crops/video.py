@@ -1,0 +1,187 @@
+"""Frames of a video file, one at a time, upright, with what was lost on the way.
+
+frame_index counts decoded frames in display order, so a variable frame rate leaves no gaps; the time of each
+frame comes from its own timestamp. Memory does not grow with the length of the video. Pixels are as stored:
+non-square ones are not stretched.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self, cast
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.stream import Disposition
+from av.video.stream import VideoStream
+
+from vnaw_pipeline.errors import DataError
+
+Rgb = npt.NDArray[np.uint8]
+"""(H, W, 3) uint8, RGB in [0, 255]."""
+
+_SILENT_LOSS_S = 1.0
+"""Where a container stores no frame count: seconds missing at the end that count as a loss. Sound that runs on a
+little after the last frame is normal."""
+
+
+class Frame(NamedTuple):
+    """One decoded frame: its 0-based index, its time in seconds (NaN: the file has no times), its pixels."""
+
+    frame_index: int
+    time_s: float
+    rgb: Rgb
+
+
+class VideoReader:
+    """An open video; iterate once over its frames, then ask for `loss()`.
+
+    `fps` is the average frame rate (NaN: unknown); `expected_frames` is the count that the container stores or
+    that follows from its duration (None: neither is there).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # The scheme keeps FFmpeg from reading a colon in a file name as a protocol.
+            self._container = av.open(f"file:{path}")
+        except av.error.FFmpegError as error:
+            raise DataError(_why_not_opened(path, error)) from error
+        pictures = Disposition.attached_pic | Disposition.still_image
+        streams = [stream for stream in self._container.streams.video if not stream.disposition & pictures]
+        if not streams:
+            self._container.close()
+            raise DataError(f"{path} holds no video stream, only sound, pictures or data. Give a video file.")
+        self._stream = streams[0]
+        # Frame threading drops the last good frames when a file breaks off; slices do not.
+        self._stream.thread_type = "SLICE"
+        self.fps = float(self._stream.average_rate or math.nan)
+        self._duration_s = _duration_s(self._container.duration, self._stream)
+        self.expected_frames = _expected_frames(self._stream.frames, self._duration_s, self.fps)
+        self.decoded_frames = 0
+        self._end_s = math.nan
+        self._errors: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._container.close()
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Yield every frame that decodes; undecodable parts are skipped and counted.
+
+        Raises:
+            DataError: not one frame could be decoded.
+        """
+        for decoded in self._decode():
+            time_s = math.nan if decoded.time is None else float(decoded.time)
+            self._end_s = time_s
+            rgb = upright(cast(Rgb, decoded.to_ndarray(format="rgb24")), _display_matrix(decoded))
+            yield Frame(self.decoded_frames, time_s, rgb)
+            self.decoded_frames += 1
+        if not self.decoded_frames:
+            cause = f" ({self._errors[0]})" if self._errors else ""
+            raise DataError(f"{self.path}: not one frame could be decoded{cause}. The file is empty or damaged.")
+
+    def loss(self) -> str | None:
+        """What of the video could not be decoded, in one sentence; None if all of it was."""
+        expected = self.expected_frames
+        lost = max(0, expected - self.decoded_frames) if expected is not None else 0
+        if not self._errors and not (lost if self._stream.frames else self._ends_early()):
+            return None
+        cause = self._errors[0] if self._errors else "the file ends early"
+        if lost:
+            about = "" if self._stream.frames else "about "
+            return f"{lost} of {about}{expected} frames lost, {self.decoded_frames} decoded: {cause}"
+        return f"some frames lost, {self.decoded_frames} decoded: {len(self._errors)} damaged parts, first: {cause}"
+
+    def _ends_early(self) -> bool:
+        return self._duration_s - self._end_s > _SILENT_LOSS_S
+
+    def _decode(self) -> Iterator[av.VideoFrame]:
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets)
+            except StopIteration:
+                return
+            except av.error.FFmpegError as error:  # the container itself is broken here: nothing follows
+                self._errors.append(_describe(error))
+                return
+            try:
+                decoded = packet.decode()
+            except av.error.FFmpegError as error:  # this packet is broken: the next may not be
+                self._errors.append(_describe(error))
+                continue
+            yield from decoded
+
+
+def open_video(path: Path) -> VideoReader:
+    """Open a video for `with open_video(path) as video: for frame in video: ...`.
+
+    Raises:
+        DataError: no such file, not a video, or no video stream in it.
+    """
+    return VideoReader(path)
+
+
+def upright(rgb: Rgb, display_matrix: npt.NDArray[np.int32] | None) -> Rgb:
+    """Turn and mirror a stored frame as its display matrix says, in steps of 90 degrees.
+
+    Args:
+        rgb: (H, W, 3), as stored.
+        display_matrix: (3, 3); a stored point (x, y) is shown at (a x + c y, b x + d y) with rows (a, b, ..) and
+            (c, d, ..). None: as stored.
+
+    Returns:
+        (H, W, 3) or (W, H, 3), contiguous.
+    """
+    if display_matrix is None:
+        return rgb
+    (a, b), (c, d) = display_matrix[:2, :2].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        rgb = rgb.swapaxes(0, 1)
+        mirror_x, mirror_y = c < 0, b < 0
+    else:
+        mirror_x, mirror_y = a < 0, d < 0
+    return np.ascontiguousarray(rgb[:: -1 if mirror_y else 1, :: -1 if mirror_x else 1])
+
+
+def _display_matrix(frame: av.VideoFrame) -> npt.NDArray[np.int32] | None:
+    side_data: Any = frame.side_data.get("DISPLAYMATRIX")
+    return None if side_data is None else np.frombuffer(bytes(side_data), np.int32).reshape(3, 3)
+
+
+def _duration_s(container_us: int | None, stream: VideoStream) -> float:
+    """Shorter of the two: sound may run on after the last frame, and a trimmed stream counts what is cut off."""
+    candidates = [math.inf]
+    if container_us:
+        candidates.append(container_us / av.time_base)
+    if stream.duration and stream.time_base:
+        candidates.append(float(stream.duration * stream.time_base))
+    shortest = min(candidates)
+    return shortest if math.isfinite(shortest) else math.nan
+
+
+def _expected_frames(stored: int, duration_s: float, fps: float) -> int | None:
+    estimate = duration_s * fps
+    if not math.isfinite(estimate):
+        return stored or None
+    return min(stored or round(estimate), round(estimate))
+
+
+def _why_not_opened(path: Path, error: av.error.FFmpegError) -> str:
+    if not path.exists():
+        return f"No such video: {path}."
+    if not path.is_file():
+        return f"{path} is not a file. Give video files."
+    return f"{path} cannot be read as a video ({_describe(error)}). It is of another kind, or its header is damaged."
+
+
+def _describe(error: av.error.FFmpegError) -> str:
+    return str(error.strerror or error)
