@@ -129,14 +129,19 @@ def test_own_recordings_need_no_annotations(tmp_path):
     tree = Tree(tmp_path)
     tree.crop("holiday", 3, ".")
     (tree.crops / "nobody").mkdir()
+    tree.crop("short", 3, ".")
+    (tree.crops / "detections").mkdir()
+    (tree.crops / "detections" / "short.csv").write_text("frame_index,valid\n" + "0,1\n" * 5)
     with h5py.File(tree.crops / "party.h5", "w") as pack:
         pack.attrs["num_frames"] = 9
     manifest = build_manifest(None, tree.crops, EXPR)
     assert manifest[["video_id", "split", "num_frames", "crops"]].to_numpy().tolist() == [
         ["holiday", "test", 3, "holiday"],
-        ["nobody", "test", 0, "nobody"],
         ["party", "test", 9, "party.h5"],
+        ["short", "test", 5, "short"],  # its last two frames had no face
     ]
+    assert check_manifest(manifest, None, tree.crops, EXPR) == []
+    assert len(check_manifest(manifest.assign(num_frames=7), None, tree.crops, EXPR)) == 3
 
 
 def test_test_length_is_the_templates_then_the_videos_then_the_last_crops(tree, test_list):
@@ -284,7 +289,7 @@ def test_all_problems_of_a_broken_tree_are_listed_at_once(tree, test_list):
         f"error: {train}/values.txt:5: byte 0xfe",
         r"error: manifest.csv:\d+: video t1 is already in line",
         r"error: manifest.csv:\d+: video pair_right: is in validation, but pair_left of the same recording is in train",
-        r"error: manifest.csv:\d+: video nocrops: no folder or pack",
+        r"error: manifest.csv:\d+: video nocrops: no crops below crops, neither",
         r"error: manifest.csv:\d+: video t1: its crops folder crops/cropped_aligned/t1 does not exist",
         r"error: manifest.csv:\d+: video early: 9 annotation rows, but .* end at frame 6: the last 3 frames may have "
         r"no face; .*--videos",

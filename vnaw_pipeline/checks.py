@@ -16,6 +16,7 @@ from vnaw_pipeline.layouts import (
     find_crops,
     find_videos,
     pack_frame_count,
+    recorded_frame_count,
     video_frame_count,
 )
 from vnaw_pipeline.manifests import SPLITS, row_problems, scan_manifest
@@ -67,7 +68,7 @@ def check_manifest(
     """All problems of a manifest and of the files it names; an empty list if there are none.
 
     A length that differs by one frame is a warning, by more an error. It is compared with the videos where
-    `videos_dir` is given, else with the packs or the highest image number.
+    `videos_dir` is given, else with what packs and `vnaw crop` recorded, else with the highest image number.
     """
     if isinstance(manifest, Path):
         path = manifest
@@ -145,7 +146,7 @@ def _crop_problems(rows: list[_Row], crops_root: Path, *, has_videos: bool) -> I
     for row in rows:
         places = found.get(row.video_id, [])
         if not row.crops:
-            yield row.problem("error", f"no folder or pack of crops below {crops_root}")
+            yield row.problem("error", f"no crops below {crops_root}, neither a folder of images nor a pack")
             continue
         path = crops_root / row.crops
         if path.is_dir():
@@ -172,15 +173,19 @@ def _complete_one_another(first: str, second: str) -> bool:
 
 
 def _folder_problems(row: _Row, folder: Path, has_videos: bool) -> Iterator[Problem]:
+    """Odd names, and a length that images, their record, or, if nothing else is there, the last image contradict."""
     num_frames, odd_names = crop_extent(folder)
     if odd_names:
         shown = ", ".join(odd_names[:3]) + (", ..." if len(odd_names) > 3 else "")
         message = f"{len(odd_names)} file(s) not named like 00001.jpg are not used: {shown}"
         yield Problem("warning", folder, None, message)
+    recorded = recorded_frame_count(folder)
     if num_frames == 0:
         yield row.problem("error", f"its crops folder {folder} holds no image of a frame")
     elif num_frames > row.num_frames:
         yield from _length_problem(row, num_frames, f"its crops in {folder} go on to frame {num_frames}")
+    elif recorded is not None:
+        yield from _length_problem(row, recorded, f"its crops in {folder} were made from {recorded} frames")
     elif not has_videos:
         missing = row.num_frames - num_frames
         last = f"the last {missing} frames" if missing > 1 else "the last frame"

@@ -121,6 +121,13 @@ def crop_extent(folder: Path) -> CropExtent:
     return CropExtent(num_frames, sorted(odd_names))
 
 
+def recorded_frame_count(folder: Path) -> int | None:
+    """Frames of the video that a crop folder was made from, faces or not, by the table of detections that
+    `vnaw crop` writes beside it (a header and a row a frame); None without one, as for Aff-Wild2's own crops."""
+    lines, _ = read_lines(folder.parent / "detections" / f"{folder.name}.csv")
+    return len(lines) - 1 if len(lines) > 1 else None
+
+
 def find_videos(videos_dir: Path) -> dict[str, Path]:
     """Video files by stem, in `videos_dir` and its sub-folders.
 
@@ -194,15 +201,11 @@ def _crop_paths(folder: Path, relative: str, depth: int) -> Iterator[str]:
 
 
 def _is_crop_folder(path: str) -> bool:
-    """Images, or nothing at all (a video without a face). Decided by the first entry that tells."""
-    is_empty = True
+    """Whether a folder holds images. Decided by the first entry that tells, since there may be tens of thousands."""
     with os.scandir(path) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            is_empty = False
             if entry.is_dir():
                 return False
-            if entry.name.lower().endswith(_IMAGE_SUFFIXES):
+            if entry.name.lower().endswith(_IMAGE_SUFFIXES) and not entry.name.startswith("."):
                 return True
-    return is_empty
+    return False

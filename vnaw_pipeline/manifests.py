@@ -24,6 +24,7 @@ from vnaw_pipeline.layouts import (
     find_videos,
     pack_frame_count,
     read_video_list,
+    recorded_frame_count,
     source_video_of,
     video_frame_count,
 )
@@ -50,7 +51,7 @@ def build_manifest(
 
     The test videos are those of `test_list`, else of the submission `template`; with neither and without
     annotations, every video that has crops is one. A length is that of the annotation, else of the template, else of
-    the video or the pack, else the highest image number. Faulty files do not stop it; `check_manifest` names them.
+    the video, else what the crops tell. Faulty files do not stop it; `check_manifest` names them.
     `crops` is '' for a video without crops, `num_frames` 0 where nothing tells it.
 
     Raises:
@@ -83,12 +84,14 @@ def build_manifest(
 
 
 def crops_frame_count(path: Path) -> int:
-    """Length of a crop folder (its highest image number) or of a pack (its video's).
+    """Frames of the video that a pack or folder was made from; where nothing recorded them, the highest image number.
 
     Raises:
         DataError: a pack that cannot be read.
     """
-    return crop_extent(path).num_frames if path.is_dir() else pack_frame_count(path)
+    if path.is_dir():
+        return recorded_frame_count(path) or crop_extent(path).num_frames
+    return pack_frame_count(path)
 
 
 def write_manifest(manifest: pd.DataFrame, path: Path) -> None:
