@@ -149,15 +149,11 @@ def _crop_problems(rows: list[_Row], crops_root: Path, *, has_videos: bool) -> I
             yield row.problem("error", f"no crops below {crops_root}, neither a folder of images nor a pack")
             continue
         path = crops_root / row.crops
-        if path.is_dir():
-            yield from _folder_problems(row, path, has_videos)
-        elif path.is_file():
+        if path.exists():
             try:
-                num_frames = pack_frame_count(path)
+                yield from _folder_problems(row, path, has_videos) if path.is_dir() else _pack_problems(row, path)
             except DataError as error:
                 yield Problem("error", path, None, str(error))
-            else:
-                yield from _length_problem(row, num_frames, f"its pack {path} has {num_frames} frames")
         else:
             elsewhere = f"; there are crops at {', '.join(places)}" if places else ""
             yield row.problem("error", f"its crops folder {path} does not exist{elsewhere}")
@@ -170,6 +166,11 @@ def _complete_one_another(first: str, second: str) -> bool:
     """Crops of one set in two of its folders, such as `cropped_aligned` and `cropped_aligned_new_50_vids`."""
     is_same_folder = first.rpartition("/")[0] == second.rpartition("/")[0]
     return crop_set_of(first) == crop_set_of(second) and not is_same_folder
+
+
+def _pack_problems(row: _Row, pack: Path) -> Iterator[Problem]:
+    num_frames = pack_frame_count(pack)
+    yield from _length_problem(row, num_frames, f"its pack {pack} has {num_frames} frames")
 
 
 def _folder_problems(row: _Row, folder: Path, has_videos: bool) -> Iterator[Problem]:

@@ -109,9 +109,17 @@ def choose_crops(found: dict[str, list[str]], video_ids: Iterable[str]) -> dict[
 
 
 def crop_extent(folder: Path) -> CropExtent:
-    """Read a crop folder's names, not its images. Hidden files are passed over."""
+    """Read a crop folder's names, not its images. Hidden files are passed over.
+
+    Raises:
+        DataError: the folder cannot be listed.
+    """
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 - Path.iterdir makes an object per image, of which there are millions
+    except OSError as error:
+        raise DataError(f"The folder {folder} cannot be listed: {error.strerror}") from error
     num_frames, odd_names = 0, []
-    for name in os.listdir(folder):  # noqa: PTH208 - Path.iterdir makes an object per image, of which there are millions
+    for name in names:
         if name.startswith("."):
             continue
         try:
