@@ -149,14 +149,14 @@ def _crop_problems(rows: list[_Row], crops_root: Path, *, has_videos: bool) -> I
             yield row.problem("error", f"no crops below {crops_root}, neither a folder of images nor a pack")
             continue
         path = crops_root / row.crops
-        if path.exists():
-            try:
-                yield from _folder_problems(row, path, has_videos) if path.is_dir() else _pack_problems(row, path)
-            except DataError as error:
-                yield Problem("error", path, None, str(error))
-        else:
+        if not path.exists():
             elsewhere = f"; there are crops at {', '.join(places)}" if places else ""
             yield row.problem("error", f"its crops folder {path} does not exist{elsewhere}")
+            continue
+        try:
+            yield from _folder_problems(row, path, has_videos) if path.is_dir() else _pack_problems(row, path)
+        except DataError as error:
+            yield Problem("error", path, None, str(error))
         others = [place for place in places if place != row.crops and not _complete_one_another(place, row.crops)]
         if others:
             yield row.problem("warning", f"crops lie at {', '.join(others)} too; the manifest uses {row.crops}")
