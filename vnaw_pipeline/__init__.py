@@ -1,1 +1,56 @@
-"""Facial expressions in video: embeddings once, temporal Transformers in minutes, noise-aware weighting."""
+"""Facial expressions in video: embeddings once, temporal Transformers in minutes, noise-aware weighting.
+
+Every stage is a function with its command's name, and a store, a bank and a run open in one line each. They are
+imported when first used, so `import vnaw_pipeline` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vnaw_pipeline.checks import check_manifest as check_manifest
+    from vnaw_pipeline.config import load_config as load_config
+    from vnaw_pipeline.crops.extract import extract_crops as extract_crops
+    from vnaw_pipeline.features.bank import open_bank as open_bank
+    from vnaw_pipeline.features.extract import extract_features as extract_features
+    from vnaw_pipeline.features.store import open_store as open_store
+    from vnaw_pipeline.manifests import build_manifest as build_manifest
+    from vnaw_pipeline.manifests import read_manifest as read_manifest
+    from vnaw_pipeline.prediction.evaluate import evaluate_predictions as evaluate_predictions
+    from vnaw_pipeline.prediction.predict import predict_videos as predict_videos
+    from vnaw_pipeline.prediction.predict import read_predictions as read_predictions
+    from vnaw_pipeline.prediction.submission import write_submission as write_submission
+    from vnaw_pipeline.runs import open_run as open_run
+    from vnaw_pipeline.tasks import TASKS as TASKS
+    from vnaw_pipeline.training.frames import finetune_encoder as finetune_encoder
+    from vnaw_pipeline.training.windows import train_windows as train_windows
+
+_HOMES = {
+    "TASKS": "tasks",
+    "build_manifest": "manifests",
+    "check_manifest": "checks",
+    "evaluate_predictions": "prediction.evaluate",
+    "extract_crops": "crops.extract",
+    "extract_features": "features.extract",
+    "finetune_encoder": "training.frames",
+    "load_config": "config",
+    "open_bank": "features.bank",
+    "open_run": "runs",
+    "open_store": "features.store",
+    "predict_videos": "prediction.predict",
+    "read_manifest": "manifests",
+    "read_predictions": "prediction.predict",
+    "train_windows": "training.windows",
+    "write_submission": "prediction.submission",
+}
+__all__ = sorted(_HOMES)  # noqa: PLE0605 -- the names below
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vnaw_pipeline' has no attribute {name!r}")
+    return getattr(import_module(f"vnaw_pipeline.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

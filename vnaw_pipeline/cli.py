@@ -1,0 +1,274 @@
+"""The commands, one per stage, in pipeline order. Each loads its config, calls one function, prints its last line.
+
+What a stage needs is imported inside its command, so that `--help` answers at once.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from vnaw_pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from vnaw_pipeline.checks import Problem
+    from vnaw_pipeline.stages import StageReport
+
+app = typer.Typer(
+    name="vnaw",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Facial expressions in video: crops, embeddings once, temporal models in minutes, predictions per frame.",
+)
+
+Manifest = Annotated[Path, typer.Option(help="Manifest of videos (CSV).", exists=True, dir_okay=False)]
+Annotations = Annotated[Path, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)]
+Crops = Annotated[Path, typer.Option(help="Folder that the manifest's crops lie under.", exists=True, file_okay=False)]
+Store = Annotated[Path, typer.Option(help="Feature store (a folder).")]
+Run = Annotated[Path, typer.Option(help="Run folder.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML configuration.", exists=True, dir_okay=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one value: section.key=value. Repeatable.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start afresh instead of going on.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read encoder.weights from a .pth file.")]
+TaskOption = Annotated[Literal["expr8", "coarse5", "negative4", "va", "au"], typer.Option(help="Label space.")]
+
+
+@app.command()
+def demo(
+    work_dir: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo_run"),
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Render a data set with known truth and run every stage on it; prints a table of scores."""
+    from vnaw_pipeline.config import load_config
+    from vnaw_pipeline.demo import DEMO_CONFIG, run_demo
+
+    typer.echo(run_demo(work_dir, load_config(config or DEMO_CONFIG, overrides)))
+
+
+@app.command()
+def manifest(
+    out: Annotated[Path, typer.Option(help="Manifest to write (CSV).")],
+    crops: Crops,
+    annotations: Annotated[
+        Path | None, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)
+    ] = None,
+    task: TaskOption = "expr8",
+    test_list: Annotated[
+        Path | None, typer.Option(help="List of test videos, a name a line.", exists=True, dir_okay=False)
+    ] = None,
+    template: Annotated[
+        Path | None, typer.Option(help="Submission template; gives test lengths.", exists=True, dir_okay=False)
+    ] = None,
+    videos: Annotated[
+        Path | None, typer.Option(help="Folder of video files; gives frame counts.", exists=True, file_okay=False)
+    ] = None,
+    folds: Annotated[int, typer.Option(help="Number of 7:3 folds by source video; 0: none.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the folds.", min=0)] = 0,
+) -> None:
+    """Build the table of videos from the challenge's folders, then check it."""
+    from vnaw_pipeline.checks import check_manifest
+    from vnaw_pipeline.manifests import build_manifest, write_manifest
+    from vnaw_pipeline.tasks import TASKS
+
+    table = build_manifest(annotations, crops, TASKS[task], test_list, template, videos, folds, seed)
+    write_manifest(table, out)
+    counts = ", ".join(f"{count} {split}" for split, count in table.split.value_counts(sort=False).items())
+    problems = check_manifest(out, annotations, crops, TASKS[task], videos, template)
+    _print_problems(problems)
+    typer.echo(f"manifest: {len(table)} videos ({counts}), {table.num_frames.sum()} frames -> {out}")
+    _exit_if(any(problem.severity == "error" for problem in problems))
+
+
+@app.command()
+def check(
+    manifest: Manifest,
+    crops: Crops,
+    annotations: Annotated[
+        Path | None, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)
+    ] = None,
+    task: TaskOption = "expr8",
+    template: Annotated[Path | None, typer.Option(help="Submission template.", exists=True, dir_okay=False)] = None,
+    videos: Annotated[
+        Path | None, typer.Option(help="Folder of video files; gives frame counts.", exists=True, file_okay=False)
+    ] = None,
+) -> None:
+    """List every problem of manifest, annotations and crops at once, with file and line."""
+    from vnaw_pipeline.checks import check_manifest
+    from vnaw_pipeline.tasks import TASKS
+
+    problems = check_manifest(manifest, annotations, crops, TASKS[task], videos, template)
+    _print_problems(problems)
+    errors = sum(problem.severity == "error" for problem in problems)
+    typer.echo(f"check: {errors} errors, {len(problems) - errors} warnings in {manifest}")
+    _exit_if(errors > 0)
+
+
+@app.command()
+def crop(
+    videos: Annotated[list[Path], typer.Argument(help="Video files.")],
+    out: Annotated[Path, typer.Option(help="Folder for the crops.")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find, align and cut out the main face of every frame of video files."""
+    from vnaw_pipeline.config import load_config
+    from vnaw_pipeline.crops.extract import extract_crops
+
+    _finish(extract_crops(videos, out, load_config(config, overrides).crop, overwrite))
+
+
+@app.command()
+def finetune(
+    manifest: Manifest,
+    annotations: Annotations,
+    crops: Crops,
+    run: Run,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Fine-tune the image encoder on labelled training frames."""
+    from vnaw_pipeline.config import load_config
+    from vnaw_pipeline.training.frames import finetune_encoder
+
+    resolved = load_config(config, overrides)
+    _finish(
+        finetune_encoder(manifest, annotations, crops, run, resolved, allow_pickle=allow_pickle, overwrite=overwrite)
+    )
+
+
+@app.command()
+def extract(
+    manifest: Manifest,
+    crops: Crops,
+    store: Store,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Encode every frame once into the feature store."""
+    from vnaw_pipeline.config import load_config
+    from vnaw_pipeline.features.extract import extract_features
+
+    _finish(extract_features(manifest, crops, store, load_config(config, overrides), allow_pickle=allow_pickle))
+
+
+@app.command()
+def train(
+    manifest: Manifest,
+    annotations: Annotations,
+    store: Store,
+    run: Run,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    fold: Annotated[int | None, typer.Option(help="Validate on this fold of the manifest.", min=0)] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train the temporal model on windows of the stored embeddings."""
+    from vnaw_pipeline.config import load_config
+    from vnaw_pipeline.training.windows import train_windows
+
+    resolved = load_config(config, overrides)
+    _finish(train_windows(manifest, annotations, store, run, resolved, fold=fold, overwrite=overwrite))
+
+
+@app.command()
+def predict(
+    manifest: Manifest,
+    store: Store,
+    run: Run,
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Split to predict.")] = "validation",
+) -> None:
+    """Write one row per frame of every video of a split into the run folder."""
+    from vnaw_pipeline.prediction.predict import predict_videos
+
+    _finish(predict_videos(manifest, store, run, split))
+
+
+@app.command()
+def evaluate(
+    manifest: Manifest,
+    annotations: Annotations,
+    run: Run,
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Split to score.")] = "validation",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.", dir_okay=False)] = None,
+) -> None:
+    """Score a run's predictions over every labelled frame; macro-F1 and F1 per class."""
+    from vnaw_pipeline.prediction.evaluate import evaluate_predictions, format_scores, scores_as_json
+    from vnaw_pipeline.provenance import write_json
+    from vnaw_pipeline.runs import open_run
+
+    opened = open_run(run)
+    scores = evaluate_predictions(manifest, annotations, opened.folder.predictions(split), opened.config.task, split)
+    typer.echo(format_scores(scores, opened.task))
+    if json_file is not None:
+        write_json(json_file, scores_as_json(scores, opened.task))
+
+
+@app.command()
+def submit(
+    run: Run,
+    template: Annotated[Path, typer.Option(help="The challenge's template.", exists=True, dir_okay=False)],
+    out: Annotated[Path, typer.Option(help="Submission to write.", dir_okay=False)],
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Split that was predicted.")] = "test",
+) -> None:
+    """Write a challenge submission: every line of the template answered, in its order."""
+    from vnaw_pipeline.prediction.predict import read_predictions
+    from vnaw_pipeline.prediction.submission import write_submission
+    from vnaw_pipeline.runs import open_run
+
+    opened = open_run(run)
+    table = read_predictions(opened.folder.predictions(split), opened.task)
+    lines = write_submission(table, template, out, opened.task)
+    typer.echo(f"submit: {lines} lines written and read back -> {out}")
+
+
+def _print_problems(problems: "list[Problem]") -> None:
+    for problem in problems:
+        typer.echo(str(problem))
+
+
+def _finish(report: "StageReport") -> None:
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        for note in report.notes:
+            typer.echo(note)
+        typer.echo(report.summary())
+    _exit_if(not report.ok)
+
+
+def _exit_if(failed: bool) -> None:
+    if failed:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line: what a user can mend becomes one message and exit code 1, without a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    try:
+        app()
+    except PipelineError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(1)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        typer.echo(
+            f"Cannot read or write{where}: {error.strerror or error}. What was written so far is kept; "
+            "mend this and run the same command again.",
+            err=True,
+        )
+        sys.exit(1)
+    finally:
+        if "torch" in sys.modules:
+            from vnaw_pipeline.processes import leave_processes
+
+            leave_processes()

@@ -1,0 +1,69 @@
+"""The feature bank: all frames a run needs, resident, so that a window is a gather and not a read."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vnaw_pipeline.features.store import FeatureStore
+from vnaw_pipeline.stages import progress_bar
+
+
+@dataclass(frozen=True)
+class FeatureBank:
+    """Frames of several videos, end to end, and one row of zeros at the end for positions without a frame.
+
+    `embeddings` float16 (N + 1, D) and `valid` bool (N + 1,) lie on one device; `first` int64 (V + 1,) is the row of
+    each video's first frame, `first[V] = N`. `video_ids` names the videos in that order.
+    """
+
+    video_ids: list[str]
+    embeddings: Tensor
+    valid: Tensor
+    first: Tensor
+
+    @property
+    def num_frames(self) -> Tensor:
+        """Frames of each video, int64 (V,)."""
+        return self.first[1:] - self.first[:-1]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Embedding width D."""
+        return self.embeddings.shape[1]
+
+    @property
+    def zero_row(self) -> int:
+        """Row of zeros, never valid."""
+        return self.embeddings.shape[0] - 1
+
+    def rows_of(self, video_id: str) -> slice:
+        """The rows of one video."""
+        video = self.video_ids.index(video_id)
+        return slice(int(self.first[video]), int(self.first[video + 1]))
+
+    def to(self, device: torch.device) -> "FeatureBank":
+        """The bank on another device (itself if it is there)."""
+        return FeatureBank(self.video_ids, self.embeddings.to(device), self.valid.to(device), self.first.to(device))
+
+
+def open_bank(store: FeatureStore, video_ids: list[str] | None = None, shown: bool = True) -> FeatureBank:
+    """Read whole videos from a store into memory: N frames of width D take 2 N D bytes.
+
+    Raises:
+        StoreError: a video is missing or not complete.
+    """
+    video_ids = store.video_ids() if video_ids is None else video_ids
+    store.require(video_ids)
+    first = np.concatenate([[0], np.cumsum([store.num_frames(video_id) for video_id in video_ids])]).astype(np.int64)
+    total = int(first[-1])
+    embeddings = np.empty((total + 1, store.embedding_dim), dtype=np.float16)
+    valid = np.empty(total + 1, dtype=np.bool_)
+    embeddings[total] = 0
+    valid[total] = False
+    with progress_bar("load features", total, shown=shown) as bar:
+        for video_id, start, stop in zip(video_ids, first[:-1], first[1:], strict=True):
+            store.read_into(video_id, embeddings[start:stop], valid[start:stop])
+            bar.advance(int(stop - start))
+    return FeatureBank(video_ids, torch.from_numpy(embeddings), torch.from_numpy(valid), torch.from_numpy(first))

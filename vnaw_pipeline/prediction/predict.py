@@ -1,0 +1,117 @@
+"""Stage `predict`. Reads a run and a feature store, writes one row per frame; replaces its tables whole.
+
+Columns: `video_id, frame_index, valid, p_<class>...`. Every frame of every video has its row, also those without a face
+and those of a video shorter than a window.
+"""
+
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from vnaw_pipeline.errors import DataError
+from vnaw_pipeline.features.bank import FeatureBank, open_bank
+from vnaw_pipeline.features.store import open_store
+from vnaw_pipeline.manifests import read_manifest
+from vnaw_pipeline.prediction.smooth import fill_gaps, smooth_mean
+from vnaw_pipeline.prediction.stitch import stitch_probabilities
+from vnaw_pipeline.processes import process_state, sum_over_processes
+from vnaw_pipeline.provenance import atomic_path
+from vnaw_pipeline.runs import open_run
+from vnaw_pipeline.stages import StageReport, progress_bar
+from vnaw_pipeline.tasks import Task
+from vnaw_pipeline.windows.plan import plan_windows
+
+
+def predict_videos(manifest: Path | pd.DataFrame, store_path: Path, run_dir: Path, split: str) -> StageReport:
+    """Predict every frame of a split's videos with a run's best model.
+
+    Writes `<run>/predictions/<split>_raw.parquet` (as the model says) and `<split>.parquet` (gaps filled, smoothed).
+
+    Raises:
+        CheckpointError: the run was trained on other features. StoreError: videos missing from the store.
+        DataError: the manifest has no video in this split.
+    """
+    started = time.monotonic()
+    state = process_state()
+    videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
+    video_ids = list(videos.video_id[videos.split == split])
+    if not video_ids:
+        raise DataError(f"The manifest has no videos in split '{split}', only in {sorted(set(videos.split))}.")
+    run = open_run(run_dir)
+    store = open_store(store_path)
+    run.require_features(store)
+    bank = open_bank(store, video_ids, shown=state.is_main_process).to(state.device)
+    windows = run.config.windows
+    num_windows = len(plan_windows(bank.num_frames.cpu(), windows.window_frames, windows.predict_stride))
+    with progress_bar("predict", num_windows // state.num_processes, "windows", state.is_main_process) as bar:
+        probabilities = stitch_probabilities(
+            run.model.to(state.device),
+            bank,
+            len(run.task.outputs),
+            windows,
+            run.config.predict.batch_windows,
+            process_index=state.process_index,
+            num_processes=state.num_processes,
+            reduce_sum=sum_over_processes,
+            bar=bar,
+        )
+    if state.is_main_process:
+        raw = probabilities.cpu().numpy()
+        shares = np.asarray(run.header["class_shares"], dtype=np.float32)
+        final = finish_probabilities(raw, bank, shares, run.config.predict.smooth_half_width)
+        write_predictions(run.folder.raw_predictions(split), raw, bank, run.task)
+        write_predictions(run.folder.predictions(split), final, bank, run.task)
+    state.wait_for_everyone()
+    return StageReport("predict", done=len(video_ids), frames=bank.zero_row, seconds=time.monotonic() - started)
+
+
+def finish_probabilities(
+    raw: npt.NDArray[np.float32], bank: FeatureBank, class_shares: npt.NDArray[np.float32], smooth_half_width: int
+) -> npt.NDArray[np.float32]:
+    """Fill gaps and smooth, video by video; (N, K) -> (N, K)."""
+    valid = bank.valid.cpu().numpy()
+    bounds = bank.first.tolist()
+    finished = np.empty_like(raw)
+    for start, stop in pairwise(bounds):
+        filled = fill_gaps(raw[start:stop], valid[start:stop], class_shares)
+        finished[start:stop] = smooth_mean(filled, smooth_half_width)
+    return finished
+
+
+def write_predictions(path: Path, probabilities: npt.NDArray[np.float32], bank: FeatureBank, task: Task) -> None:
+    """Write probabilities (N, K) of a bank's frames as the prediction table."""
+    counts = bank.num_frames.tolist()
+    table = pd.DataFrame(
+        {
+            "video_id": pd.Categorical.from_codes(np.repeat(np.arange(len(counts)), counts), pd.Index(bank.video_ids)),
+            "frame_index": np.concatenate([np.arange(count) for count in counts]),
+            "valid": bank.valid[:-1].cpu().numpy(),
+            **{name: probabilities[:, column] for column, name in enumerate(task.probability_columns)},
+        }
+    )
+    with atomic_path(path) as partial:
+        table.to_parquet(partial, index=False)
+
+
+def read_predictions(path: Path, task: Task) -> pd.DataFrame:
+    """Read a prediction table.
+
+    Raises:
+        DataError: not there, not a Parquet table, or one of another task.
+    """
+    try:
+        table = pd.read_parquet(path)
+    except FileNotFoundError as error:
+        raise DataError(f"There are no predictions at {path}. Make them with `vnaw predict`.") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as a Parquet table: {error}") from error
+    if missing := [name for name in ("video_id", "frame_index", *task.probability_columns) if name not in table]:
+        raise DataError(
+            f"{path} has no column {', '.join(missing)}: it holds no predictions of task '{task.name}' "
+            f"(columns: {', '.join(map(str, table.columns))})."
+        )
+    return table.astype({"video_id": "str"})

@@ -1,0 +1,56 @@
+"""Window answers to frame answers: every frame once, overlapping windows averaged.
+
+`N` frames of a bank, `K` classes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vnaw_pipeline.config import WindowConfig
+from vnaw_pipeline.features.bank import FeatureBank
+from vnaw_pipeline.stages import Bar
+from vnaw_pipeline.tasks import IGNORE_LABEL
+from vnaw_pipeline.windows.batches import gather_windows
+from vnaw_pipeline.windows.plan import plan_windows, window_rows
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+"""Embeddings (B, P, D) and valid (B, P) -> logits (B, P, K)."""
+
+
+@torch.inference_mode()
+def stitch_probabilities(
+    forward: Forward,
+    bank: FeatureBank,
+    num_classes: int,
+    windows: WindowConfig,
+    batch_windows: int,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    reduce_sum: Callable[[Tensor], Tensor] = lambda total: total,
+    bar: Bar | None = None,
+) -> Tensor:
+    """Mean over windows of the class probabilities of every frame of the bank, float32 (N, K).
+
+    Each process takes every `num_processes`-th window; `reduce_sum` adds up their tensors. Rows of frames that are
+    not valid are what the model made of an empty place; fill them with `fill_gaps`.
+    """
+    plan = plan_windows(bank.num_frames.cpu(), windows.window_frames, windows.predict_stride)
+    device = bank.embeddings.device
+    rows = window_rows(plan, bank.first.cpu(), windows.window_frames, bank.zero_row)
+    unlabelled = torch.full((bank.zero_row + 1,), IGNORE_LABEL, device=device)
+    total = torch.zeros(bank.zero_row + 1, num_classes, device=device)
+    counts = torch.zeros(bank.zero_row + 1, device=device)
+    mine = torch.arange(process_index, len(plan), num_processes)
+    for chosen in torch.split(mine, batch_windows):
+        batch = gather_windows(bank, unlabelled, rows[chosen], plan.video[chosen])
+        probabilities = forward(batch.embeddings, batch.valid).float().softmax(dim=-1)
+        flat = rows[chosen].flatten().to(device)
+        total.index_add_(0, flat, probabilities.flatten(0, 1))
+        counts.index_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))
+        if bar is not None:
+            bar.advance(len(chosen))
+    total, counts = reduce_sum(total), reduce_sum(counts)
+    return total[:-1] / counts[:-1, None]

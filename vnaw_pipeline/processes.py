@@ -1,0 +1,42 @@
+"""One process or many: the same code runs alone, under `torchrun`, and under `accelerate launch`."""
+
+import os
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+Item = TypeVar("Item")
+
+
+def process_state() -> PartialState:
+    """Accelerate's view of the processes of this run; joins the others on the first call.
+
+    Without a GPU it is told so, since it otherwise takes several CPU processes for separate runs.
+    """
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def leave_processes() -> None:
+    """Part from the other processes at the end of a program. Does nothing in a run of one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def gather_all(items: list[Item]) -> list[Item]:
+    """The items of every process, in the order of the processes, in every process."""
+    gathered: list[Item] = gather_object(items) if process_state().num_processes > 1 else items
+    return gathered
+
+
+def cpu_share() -> int:
+    """How many CPU cores this process may use, when those of one machine share them evenly; at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes, in every one of them."""
+    if process_state().num_processes > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor

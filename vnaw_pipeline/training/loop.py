@@ -1,0 +1,250 @@
+"""`fit()`, the only training loop: the temporal recipe and the encoder recipe both run through it.
+
+It owns the optimiser, the learning-rate curve, mixed precision, several processes, checkpoints and going on after a
+kill. What a batch is, what the loss is and how an epoch is scored are arguments.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from vnaw_pipeline.checkpoints import load_tensors, save_tensors
+from vnaw_pipeline.errors import CheckpointError, ConfigError
+from vnaw_pipeline.processes import process_state, sum_over_processes
+from vnaw_pipeline.provenance import differences
+from vnaw_pipeline.runs import RunFolder
+from vnaw_pipeline.stages import progress_bar
+
+Batch = TypeVar("Batch")
+SCORE = "macro_f1"
+"""The metric that chooses the best epoch; higher is better."""
+_MODEL, _OPTIMISER = "model.", "optimiser."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """How a model is optimised: AdamW, linear warm-up, cosine to zero."""
+
+    epochs: int
+    steps_per_epoch: int
+    learning_rate: float
+    weight_decay: float
+    warmup_share: float
+    max_grad_norm: float | None
+    precision: str
+    tracker: str | None
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Generic[Batch]):
+    """What is trained on what.
+
+    `steps(epoch)` gives this process's share of each optimiser step of an epoch, as a list of batches that are run one
+    after the other; every process gets as many steps and batches as the others. It is seeded by the epoch alone.
+    `objective(model, batch, progress)` is the loss summed over the batch's units and their number, so that a step's
+    gradient is the mean over its units, however they are split. `evaluate(model)` scores an epoch; `macro_f1` in it
+    chooses the best one. `header` describes the model in its checkpoints.
+    """
+
+    model: nn.Module
+    steps: Callable[[int], Iterable[list[Batch]]]
+    objective: Callable[[nn.Module, Batch, float], tuple[Tensor, Tensor]]
+    evaluate: Callable[[nn.Module], dict[str, float]]
+    header: Mapping[str, Any]
+    label: str
+
+
+@dataclass
+class _Progress:
+    """What is known after an epoch: how many are done, every epoch's figures, the best score."""
+
+    epochs_done: int
+    history: list[dict[str, Any]]
+    best_score: float
+    scaler: dict[str, Any] | None = None
+
+
+def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) -> list[dict[str, Any]]:
+    """Train, from the last checkpoint in `folder` if there is one; the figures of every epoch.
+
+    After each epoch `last.safetensors` (model and optimiser), `best.safetensors` (model) and `metrics.jsonl` are
+    written whole. All randomness is seeded by epoch and process, so a run that was killed and goes on has the same
+    losses as one that was not.
+
+    Raises:
+        CheckpointError: the last checkpoint is of another model or of other data.
+    """
+    accelerator = _open_accelerator(optimisation, folder.path)
+    recipe.model.to(accelerator.device)
+    parameters = [p for p in recipe.model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay)
+    progress = _resume(folder.last, recipe, optimiser)
+    model, optimiser = accelerator.prepare(recipe.model, optimiser)
+    if accelerator.scaler is not None and progress.scaler is not None:
+        accelerator.scaler.load_state_dict(progress.scaler)
+    remaining = (optimisation.epochs - progress.epochs_done) * optimisation.steps_per_epoch
+    with (
+        torch.random.fork_rng(devices=[]),
+        progress_bar(recipe.label, remaining, "steps", accelerator.is_main_process) as bar,
+    ):
+        for epoch in range(progress.epochs_done, optimisation.epochs):
+            started = time.monotonic()
+            torch.manual_seed(seed_of(optimisation.seed, epoch, accelerator.process_index))
+            model.train()
+            loss_sum = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+            units = torch.zeros_like(loss_sum)
+            for step, batches in enumerate(recipe.steps(epoch)):
+                rate = learning_rate_share(epoch * optimisation.steps_per_epoch + step, optimisation)
+                for group in optimiser.param_groups:
+                    group["lr"] = optimisation.learning_rate * rate
+                step_loss, step_units = _step(accelerator, recipe, optimisation, model, optimiser, batches, epoch)
+                loss_sum += step_loss
+                units += step_units
+                bar.advance(1)
+            train_loss = float(sum_over_processes(loss_sum) / sum_over_processes(units).clamp(min=1))
+            model.eval()
+            scores = recipe.evaluate(accelerator.unwrap_model(model))
+            row = {"epoch": epoch, "train_loss": train_loss, **scores, "seconds": time.monotonic() - started}
+            progress.history.append(row)
+            progress.epochs_done = epoch + 1
+            accelerator.log({key: value for key, value in row.items() if key != "epoch"}, step=epoch)
+            if accelerator.is_main_process:
+                _save(folder, recipe, accelerator.unwrap_model(model), optimiser, progress, accelerator.scaler)
+            progress.best_score = max(progress.best_score, scores[SCORE])
+            accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        folder.write_metrics(progress.history)
+    accelerator.end_training()
+    return progress.history
+
+
+def learning_rate_share(step: int, optimisation: Optimisation) -> float:
+    """Factor of the learning rate at a step: linear from 0 over the warm-up, then half a cosine down to 0."""
+    total = optimisation.epochs * optimisation.steps_per_epoch
+    warmup = round(optimisation.warmup_share * total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers, such as (seed, epoch, process); near ones give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def split_step(units: Tensor, process_index: int, num_processes: int, accumulation: int) -> list[Tensor]:
+    """One process's share of a step's units (B,), in `accumulation` parts that differ by at most one unit.
+
+    Raises:
+        ConfigError: fewer units than parts.
+    """
+    parts = num_processes * accumulation
+    if len(units) < parts:
+        raise ConfigError(
+            f"A step of {len(units)} cannot be split over {num_processes} processes x {accumulation} passes; "
+            "raise the batch size or lower train.accumulation."
+        )
+    return list(units.tensor_split(parts)[process_index::num_processes])
+
+
+def _open_accelerator(optimisation: Optimisation, project_dir: Path) -> Accelerator:
+    process_state()
+    # Accelerate keeps the mixed precision of the first run in the process for good; another run may want another.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=optimisation.precision,
+        log_with=optimisation.tracker,
+        project_dir=project_dir,
+    )
+    accelerator.init_trackers("tracker")
+    return accelerator
+
+
+def _step(
+    accelerator: Accelerator,
+    recipe: Recipe[Batch],
+    optimisation: Optimisation,
+    model: nn.Module,
+    optimiser: Any,
+    batches: list[Batch],
+    epoch: int,
+) -> tuple[Tensor, Tensor]:
+    """One optimiser step; the loss sum and the number of units of this process."""
+    loss_sum = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+    units = torch.zeros_like(loss_sum)
+    for number, batch in enumerate(batches):
+        is_last = number == len(batches) - 1
+        with accelerator.autocast(), _synchronised(accelerator, model, is_last):
+            loss, count = recipe.objective(model, batch, epoch / optimisation.epochs)
+            accelerator.backward(loss)
+        loss_sum += loss.detach()
+        units += count
+    if optimisation.precision == "fp16":
+        accelerator.unscale_gradients(optimiser)
+    # Gradients are sums over units, averaged over processes; make them the mean over all units of the step.
+    scale = accelerator.num_processes / sum_over_processes(units.clone()).clamp(min=1)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+    if optimisation.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), optimisation.max_grad_norm)
+    optimiser.step()
+    optimiser.zero_grad()
+    return loss_sum, units
+
+
+def _synchronised(accelerator: Accelerator, model: nn.Module, is_last: bool) -> Any:
+    """Exchange gradients between processes in the last backward pass of a step only."""
+    return nullcontext() if is_last else accelerator.no_sync(model)
+
+
+def _save(
+    folder: RunFolder, recipe: Recipe[Batch], model: nn.Module, optimiser: Any, progress: _Progress, scaler: Any
+) -> None:
+    weights = model.state_dict()
+    row = progress.history[-1]
+    if row[SCORE] > progress.best_score:
+        save_tensors(folder.best, weights, {**recipe.header, "epoch": row["epoch"], SCORE: row[SCORE]})
+    tensors = {f"{_MODEL}{key}": value for key, value in weights.items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"{_OPTIMISER}{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    header = {
+        **recipe.header,
+        "epochs_done": progress.epochs_done,
+        "history": progress.history,
+        "best_score": max(progress.best_score, row[SCORE]),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+    save_tensors(folder.last, tensors, header)
+    folder.write_metrics(progress.history)
+
+
+def _resume(path: Path, recipe: Recipe[Batch], optimiser: torch.optim.Optimizer) -> _Progress:
+    if not path.exists():
+        return _Progress(0, [], -math.inf)
+    tensors, header = load_tensors(path)
+    if unlike := differences({key: header.get(key) for key in recipe.header}, recipe.header):
+        raise CheckpointError(
+            f"{path} belongs to another run: {'; '.join(unlike)[:500]}. Give a new run folder, or --overwrite."
+        )
+    recipe.model.load_state_dict(
+        {key.removeprefix(_MODEL): value for key, value in tensors.items() if key.startswith(_MODEL)}
+    )
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(_OPTIMISER):
+            index, name = key.removeprefix(_OPTIMISER).split(".")
+            state.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    return _Progress(header["epochs_done"], header["history"], header["best_score"], header["scaler"])

@@ -1,0 +1,84 @@
+"""Where windows start: integer arithmetic only.
+
+`V` videos, `M` windows of a plan, `P` frames of a window, `T` frames of a video.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vnaw_pipeline.tasks import IGNORE_LABEL
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Windows as int64 (M,) pairs: index of the video in the bank, and first frame."""
+
+    video: Tensor
+    start: Tensor
+
+    def __len__(self) -> int:
+        return len(self.video)
+
+    def select(self, windows: Tensor) -> "WindowPlan":
+        """Some of the windows, by index (B,) or mask (M,)."""
+        return WindowPlan(self.video[windows], self.start[windows])
+
+
+def window_starts(num_frames: int, window_frames: int, stride: int) -> list[int]:
+    """First frames of windows that cover every frame: every `stride`, and the last one flush with the end.
+
+    A video shorter than a window has one window, which starts at 0 and runs over its end.
+    250 frames, windows of 100, stride 100 -> [0, 100, 150].
+    """
+    if stride > window_frames:
+        raise ValueError(f"stride {stride} leaves gaps between windows of {window_frames} frames")
+    last = max(0, num_frames - window_frames)
+    return [*range(0, last, stride), last]
+
+
+def plan_windows(num_frames: Tensor, window_frames: int, stride: int) -> WindowPlan:
+    """Cover every frame of every video; `num_frames` is int64 (V,)."""
+    starts = [window_starts(count, window_frames, stride) for count in num_frames.tolist()]
+    video = torch.repeat_interleave(torch.arange(len(starts)), torch.tensor([len(s) for s in starts]))
+    return WindowPlan(video, torch.tensor([start for s in starts for start in s], dtype=torch.int64))
+
+
+def window_rows(plan: WindowPlan, first: Tensor, window_frames: int, zero_row: int) -> Tensor:
+    """Bank rows of each window, int64 (M, P); positions after the end of a video are `zero_row`.
+
+    `first` is int64 (V + 1,), the bank row of each video's first frame.
+    """
+    positions = plan.start[:, None] + torch.arange(window_frames, device=plan.start.device)
+    rows = first[plan.video][:, None] + positions
+    return torch.where(rows < first[plan.video + 1][:, None], rows, zero_row)
+
+
+def window_labels(labels: Tensor, num_classes: int) -> Tensor:
+    """One label per window: the class of most labelled frames; int64 (M, P) -> (M,).
+
+    A tie goes to the class whose nearest frame is closest to the window's centre (then to the earlier class); a window
+    without a labelled frame gets IGNORE_LABEL. The paper leaves this rule open.
+    """
+    window_frames = labels.shape[1]
+    is_class = labels[:, :, None] == torch.arange(num_classes, device=labels.device)
+    off_centre = (2 * torch.arange(window_frames, device=labels.device) - (window_frames - 1)).abs()
+    nearest = torch.where(is_class, off_centre[:, None], window_frames).amin(dim=1)
+    # Counts are whole numbers, so a penalty below 1 only decides between equal ones.
+    score = is_class.sum(dim=1).double() - nearest.double() / (window_frames + 1)
+    return torch.where(is_class.any(dim=(1, 2)), score.argmax(dim=1), IGNORE_LABEL)
+
+
+def labelled_share(labels: Tensor, inside: Tensor) -> Tensor:
+    """Share of a window's frames that carry a label, float (M,); `inside` (M, P) marks frames of the video."""
+    return (labels != IGNORE_LABEL).sum(dim=1) / inside.sum(dim=1).clamp(min=1)
+
+
+def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """Sampling weight of each unit so that every class that occurs is drawn equally often; float64 (M,).
+
+    Units with IGNORE_LABEL get weight 0.
+    """
+    counts = torch.bincount(labels[labels != IGNORE_LABEL], minlength=num_classes).double()
+    return torch.where(labels == IGNORE_LABEL, 0.0, 1.0 / counts.clamp(min=1)[labels.clamp(min=0)])
