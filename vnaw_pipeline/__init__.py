@@ -43,7 +43,7 @@ _HOMES = {
     "train_windows": "training.windows",
     "write_submission": "prediction.submission",
 }
-__all__ = sorted(_HOMES)  # noqa: PLE0605 -- the names below
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

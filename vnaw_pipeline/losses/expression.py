@@ -68,4 +68,4 @@ def window_log_probabilities(logits: Tensor, valid: Tensor) -> Tensor:
     must have a valid frame.
     """
     log_p = logits.log_softmax(dim=-1).masked_fill(~valid[:, :, None], -torch.inf)
-    return log_p.logsumexp(dim=1) - valid.sum(dim=1, keepdim=True).log()
+    return log_p.logsumexp(dim=1) - valid.sum(dim=1, keepdim=True).to(log_p.dtype).log()

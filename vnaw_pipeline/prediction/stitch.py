@@ -43,7 +43,7 @@ def stitch_probabilities(
     unlabelled = torch.full((bank.zero_row + 1,), IGNORE_LABEL, device=device)
     total = torch.zeros(bank.zero_row + 1, num_classes, device=device)
     counts = torch.zeros(bank.zero_row + 1, device=device)
-    mine = torch.arange(process_index, len(plan), num_processes)
+    mine = torch.arange(len(plan))[process_index::num_processes]
     for chosen in torch.split(mine, batch_windows):
         batch = gather_windows(bank, unlabelled, rows[chosen], plan.video[chosen])
         probabilities = forward(batch.embeddings, batch.valid).float().softmax(dim=-1)

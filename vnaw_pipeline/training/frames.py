@@ -222,7 +222,7 @@ def _evaluate(
     state = process_state()
     chosen = torch.linspace(0, len(validation) - 1, min(num_frames, len(validation))).round().long()
     predicted = torch.zeros(len(chosen), dtype=torch.int64, device=state.device)
-    mine = torch.arange(state.process_index, len(chosen), state.num_processes)
+    mine = torch.arange(len(chosen))[state.process_index :: state.num_processes]
     num_classes = 0
     for positions in torch.split(mine, batch_frames):
         batch = validation.read(chosen[positions])

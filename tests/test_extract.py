@@ -1,0 +1,237 @@
+"""Extraction: the numbers are the encoder's, the bytes do not depend on how they were made, faults are rows."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from vnaw_pipeline.checkpoints import save_tensors
+from vnaw_pipeline.config import EncoderConfig, PipelineConfig, dump_config
+from vnaw_pipeline.crops.source import decode_crop
+from vnaw_pipeline.errors import CheckpointError, ConfigError, StoreError
+from vnaw_pipeline.features.encoder import load_encoder
+from vnaw_pipeline.features.extract import extract_features, share_of
+from vnaw_pipeline.features.store import Unit, open_store
+
+from .conftest import DrawnData
+
+
+def store_digest(path: Path) -> str:
+    """Digest of every chunk's name and bytes."""
+    sha = hashlib.sha256()
+    for view in ("plain", "valid"):
+        for file in sorted((path / view).rglob("*")):
+            if file.is_file():
+                sha.update(str(file.relative_to(path)).encode())
+                sha.update(file.read_bytes())
+    return sha.hexdigest()
+
+
+def test_embeddings_are_those_of_bare_timm(
+    drawn: DrawnData, tiny_config: PipelineConfig, drawn_store: Path
+) -> None:
+    """One image at a time through timm itself, normalised by hand. Tolerance: float16 keeps 11 bits."""
+    encoder = tiny_config.encoder
+    with torch.random.fork_rng():
+        torch.manual_seed(tiny_config.seed)
+        bare = timm.create_model(encoder.name, num_classes=0, **encoder.model_args).eval()
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    row = drawn.manifest.iloc[0]
+    store = open_store(drawn_store)
+    valid, embeddings = store.valid(row.video_id), store.embeddings(row.video_id)
+    frames = np.flatnonzero(valid)[[0, 5, -1]]
+    for frame_index in frames:
+        rgb = decode_crop((drawn.crops / row.crops / f"{frame_index + 1:05d}.jpg").read_bytes())
+        small = load_encoder(encoder).preprocessing.resize(rgb)
+        image = torch.from_numpy(((small / 255 - mean) / std).transpose(2, 0, 1)[None]).float()
+        with torch.inference_mode():
+            wanted = bare(image)[0].numpy()
+        np.testing.assert_allclose(embeddings[frame_index], wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_frames_without_a_crop_are_rows_of_zeros(drawn: DrawnData, drawn_store: Path) -> None:
+    store = open_store(drawn_store)
+    for row in drawn.manifest.itertuples():
+        valid, embeddings = store.valid(row.video_id), store.embeddings(row.video_id)
+        there = [(drawn.crops / row.crops / f"{i + 1:05d}.jpg").exists() for i in range(row.num_frames)]
+        assert valid.tolist() == there
+        assert (embeddings[~valid] == 0).all()
+        assert (embeddings[valid] != 0).any(axis=1).all()
+
+
+def test_bytes_do_not_depend_on_threads_or_on_the_batch_around_a_frame(
+    drawn: DrawnData, tiny_config: PipelineConfig, drawn_store: Path, tmp_path: Path
+) -> None:
+    before = torch.get_num_threads()
+    config = tiny_config.model_copy(update={"extract": tiny_config.extract.model_copy(update={"decode_threads": 5})})
+    report = extract_features(drawn.manifest.iloc[::-1], drawn.crops, tmp_path / "s", config)
+    assert report.ok
+    assert report.done == len(drawn.manifest)
+    assert store_digest(tmp_path / "s") == store_digest(drawn_store)
+    assert torch.get_num_threads() == before
+
+
+def test_a_rerun_does_nothing_and_a_lost_chunk_is_made_again(
+    drawn: DrawnData, tiny_config: PipelineConfig, drawn_store: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(drawn_store, tmp_path / "s")
+    lost = drawn.manifest.video_id[1]
+    (tmp_path / "s" / "plain" / lost / "c" / "0" / "0").unlink()
+    report = extract_features(drawn.manifest, drawn.crops, tmp_path / "s", tiny_config)
+    assert (report.done, report.skipped) == (1, len(drawn.manifest) - 1)
+    assert store_digest(tmp_path / "s") == store_digest(drawn_store)
+    again = extract_features(drawn.manifest, drawn.crops, tmp_path / "s", tiny_config)
+    assert (again.done, again.skipped, again.frames) == (0, len(drawn.manifest), 0)
+
+
+def test_unreadable_crops_are_rows_and_are_tried_again(
+    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    row = drawn.manifest.iloc[[0]]
+    crops = tmp_path / "crops" / row.crops.iloc[0]
+    shutil.copytree(drawn.crops / row.crops.iloc[0], crops)
+    images = sorted(crops.glob("*.jpg"))[:4]
+    whole = images[0].read_bytes()
+    images[0].write_bytes(whole[: len(whole) // 2])
+    images[1].write_bytes(b"")
+    images[2].write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 50)
+    images[3].write_bytes(b"this is text")
+    for attempt in range(2):
+        report = extract_features(row, tmp_path / "crops", tmp_path / "s", tiny_config)
+        assert not report.ok
+        status = pd.read_csv(tmp_path / "s" / "status.csv")
+        assert status.frame_index.tolist() == [int(image.stem) - 1 for image in images], f"attempt {attempt}"
+        for reason, words in zip(status.reason, ("cut off", "empty", "PNG", "not a JPEG"), strict=True):
+            assert words in reason
+        valid = open_store(tmp_path / "s").valid(row.video_id.iloc[0])
+        assert not valid[status.frame_index].any()
+    for image in images:
+        image.write_bytes(whole)
+    mended = extract_features(row, tmp_path / "crops", tmp_path / "s", tiny_config)
+    assert mended.ok
+    assert open_store(tmp_path / "s").valid(row.video_id.iloc[0])[status.frame_index].all()
+
+
+def test_a_video_without_crops_fails_alone(drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path) -> None:
+    rows = drawn.manifest.iloc[:2].copy()
+    rows.loc[rows.index[0], "crops"] = "cropped_aligned/nowhere"
+    report = extract_features(rows, drawn.crops, tmp_path / "s", tiny_config)
+    assert [failure.video_id for failure in report.failures] == [rows.video_id.iloc[0]]
+    assert report.done == 1
+    assert open_store(tmp_path / "s").missing_units(rows.video_id.iloc[1]) == []
+
+
+def test_other_weights_or_settings_are_refused(
+    drawn: DrawnData, tiny_config: PipelineConfig, drawn_store: Path
+) -> None:
+    for change, words in (
+        ({"seed": 1}, "weights: found"),
+        ({"encoder": tiny_config.encoder.model_copy(update={"mean": (0.5, 0.5, 0.5)})}, "mean: found"),
+        ({"extract": tiny_config.extract.model_copy(update={"crop_set": "other"})}, "crops: found 'unnamed'"),
+        ({"extract": tiny_config.extract.model_copy(update={"precision": "bf16"})}, "precision: found 'fp32'"),
+    ):
+        with pytest.raises(StoreError, match=words):
+            extract_features(drawn.manifest, drawn.crops, drawn_store, tiny_config.model_copy(update=change))
+
+
+def command(drawn: DrawnData, config: PipelineConfig, store: Path, tmp_path: Path) -> list[str]:
+    config_path = tmp_path / "config.yaml"
+    config_path.write_text(dump_config(config))
+    options = {"--manifest": drawn.manifest_path, "--crops": drawn.crops, "--store": store, "--config": config_path}
+    return ["-m", "vnaw_pipeline", "extract", *(str(part) for pair in options.items() for part in pair)]
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(["torch.distributed.run", "--nproc-per-node", "2"], id="torchrun-2"),
+        pytest.param(
+            ["accelerate.commands.accelerate_cli", "launch", "--num_processes", "2", "--cpu"], id="accelerate"
+        ),
+    ],
+)
+def test_launched_processes_write_the_same_bytes(
+    launcher: list[str], drawn: DrawnData, tiny_config: PipelineConfig, drawn_store: Path, tmp_path: Path
+) -> None:
+    """torchrun really starts two processes; accelerate's launcher starts one on a CPU without MPI (see the README)."""
+    line = [sys.executable, "-m", *launcher, *command(drawn, tiny_config, tmp_path / "s", tmp_path)]
+    finished = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert finished.stdout.count("extract: 7 chunks done") == 1
+    assert store_digest(tmp_path / "s") == store_digest(drawn_store)
+
+
+def test_a_killed_extraction_goes_on(
+    drawn: DrawnData, tiny_config: PipelineConfig, drawn_store: Path, tmp_path: Path
+) -> None:
+    process = subprocess.Popen([sys.executable, *command(drawn, tiny_config, tmp_path / "s", tmp_path)])
+    while not any((tmp_path / "s" / "plain").rglob("c/*/0")) and process.poll() is None:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert extract_features(drawn.manifest, drawn.crops, tmp_path / "s", tiny_config).ok
+    assert store_digest(tmp_path / "s") == store_digest(drawn_store)
+
+
+def test_units_are_shared_by_frames_and_none_twice() -> None:
+    units = [Unit(f"v{i}", 0, length) for i, length in enumerate([1000, 10, 10, 500, 480, 30])]
+    shares = [share_of(units, index, 2) for index in range(2)]
+    assert sorted((u.video_id for share in shares for u in share)) == sorted(u.video_id for u in units)
+    assert [sum(u.stop - u.start for u in share) for share in shares] == [1020, 1010]
+    assert share_of(units[:1], 1, 2) == []
+
+
+def test_weights_files_are_checked(tiny_config: PipelineConfig, tmp_path: Path) -> None:
+    config = tiny_config.encoder
+    good = timm.create_model(config.name, num_classes=8, **config.model_args).state_dict()
+    made_for = {"encoder": config.name, "model_args": config.model_args}
+
+    def load(path: Path, allow_pickle: bool = False, **changes: object) -> str:
+        return load_encoder(
+            config.model_copy(update={"weights": path, **changes}), allow_pickle=allow_pickle
+        ).weights_digest
+
+    save_tensors(tmp_path / "ours.safetensors", good, made_for)
+    save_file(good, tmp_path / "bare.safetensors")
+    torch.save({"state_dict": {f"module.{key}": value for key, value in good.items()}}, tmp_path / "foreign.pth")
+    assert len({load(tmp_path / "ours.safetensors"), load(tmp_path / "bare.safetensors")}) == 1
+    assert load(tmp_path / "foreign.pth", allow_pickle=True) == load(tmp_path / "bare.safetensors")
+    assert load_encoder(config).weights_digest != load(tmp_path / "bare.safetensors")
+
+    with pytest.raises(CheckpointError, match="--allow-pickle"):
+        load(tmp_path / "foreign.pth")
+    with pytest.raises(CheckpointError, match="is not there"):
+        load(tmp_path / "nowhere.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "bare.safetensors").read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load(tmp_path / "cut.safetensors")
+    with pytest.raises(CheckpointError, match="holds another encoder than the config names"):
+        load(tmp_path / "ours.safetensors", model_args={**config.model_args, "embed_dim": 16})
+    with pytest.raises(CheckpointError, match=r"does not fit .*(?s:.)*the model has"):
+        load(tmp_path / "bare.safetensors", model_args={**config.model_args, "embed_dim": 16})
+
+
+def test_an_untrained_encoder_says_so(tiny_config: PipelineConfig, caplog: pytest.LogCaptureFixture) -> None:
+    load_encoder(tiny_config.encoder)
+    assert "UNTRAINED" in caplog.text
+
+
+def test_unknown_encoders_and_missing_downloads_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="not a timm model"):
+        load_encoder(EncoderConfig(name="swin_tinny", weights="untrained"))
+    with pytest.raises(ConfigError, match="do not fit"):
+        load_encoder(EncoderConfig(weights="untrained", model_args={"no_such_argument": 1}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="could not be downloaded"):
+        load_encoder(EncoderConfig(weights="pretrained"))

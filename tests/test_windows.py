@@ -1,0 +1,192 @@
+"""Window plans cover every frame; augmentation keeps its promises; stitching gives every frame once."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vnaw_pipeline.config import SkipConfig, WindowConfig
+from vnaw_pipeline.features.bank import FeatureBank
+from vnaw_pipeline.prediction.stitch import stitch_probabilities
+from vnaw_pipeline.tasks import IGNORE_LABEL
+from vnaw_pipeline.windows.augment import channel_mask, skip_frames
+from vnaw_pipeline.windows.batches import gather_windows
+from vnaw_pipeline.windows.plan import (
+    balanced_weights,
+    labelled_share,
+    plan_windows,
+    window_labels,
+    window_rows,
+    window_starts,
+)
+
+P = 20
+
+
+def bank_of(lengths: list[int], width: int = 5) -> FeatureBank:
+    """Embeddings that carry their own row number in channel 0; every seventh frame has no face."""
+    total = sum(lengths)
+    rows = torch.arange(total, dtype=torch.float16)
+    embeddings = torch.cat([rows[:, None].expand(-1, width), torch.zeros(1, width, dtype=torch.float16)])
+    valid = torch.cat([torch.arange(total) % 7 != 3, torch.tensor([False])])
+    embeddings = embeddings * valid[:, None]
+    first = torch.tensor([0, *lengths]).cumsum(0)
+    return FeatureBank([f"v{i}" for i in range(len(lengths))], embeddings, valid, first)
+
+
+@given(st.integers(1, 2_000), st.integers(1, 150), st.data())
+def test_windows_cover_every_frame(num_frames: int, window_frames: int, data: st.DataObject) -> None:
+    """A public code base loops over n - width starts and never makes the last window."""
+    stride = data.draw(st.integers(1, window_frames))
+    starts = window_starts(num_frames, window_frames, stride)
+    covered = {f for start in starts for f in range(start, start + window_frames)}
+    assert set(range(num_frames)) <= covered
+    assert starts == sorted(set(starts))
+    assert starts[-1] == max(0, num_frames - window_frames)
+
+
+def test_window_starts_example_and_gap() -> None:
+    assert window_starts(250, 100, 100) == [0, 100, 150]
+    assert window_starts(73, 100, 100) == [0]
+    with pytest.raises(ValueError, match="leaves gaps"):
+        window_starts(250, 100, 101)
+
+
+def test_rows_stop_at_the_end_of_the_video() -> None:
+    bank = bank_of([8, 30])
+    plan = plan_windows(bank.num_frames, P, P)
+    rows = window_rows(plan, bank.first, P, bank.zero_row)
+    assert plan.video.tolist() == [0, 1, 1]
+    assert rows[0].tolist() == [*range(8), *[38] * 12]
+    assert rows[2].tolist() == list(range(18, 38))
+    batch = gather_windows(bank, torch.full((39,), IGNORE_LABEL), rows, plan.video)
+    assert batch.frame_index[0].tolist() == [*range(8), *[-1] * 12]
+    assert not batch.valid[0, 8:].any()
+    assert (batch.embeddings[0, 8:] == 0).all()
+
+
+def test_window_labels_majority_ties_and_none() -> None:
+    labels = torch.tensor(
+        [
+            [0, 0, 1, 2, -1],  # most
+            [2, 1, 0, 1, 2],  # 1 and 2 tie; 1 lies nearer to the centre
+            [0, -1, -1, -1, 0],
+            [-1, -1, -1, -1, -1],
+            [1, 0, -1, 0, 1],
+        ]
+    )
+    assert window_labels(labels, 3).tolist() == [0, 1, 0, IGNORE_LABEL, 0]
+
+
+def test_labelled_share_counts_frames_of_the_video_only() -> None:
+    labels = torch.tensor([[1, -1, -1, -1], [1, 1, -1, -1]])
+    inside = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    assert labelled_share(labels, inside).tolist() == [0.5, 0.5]
+
+
+def test_balanced_weights_draw_classes_alike() -> None:
+    labels = torch.tensor([0] * 90 + [1] * 9 + [3] + [IGNORE_LABEL] * 5)
+    weights = balanced_weights(labels, 4)
+    by_class = [float(weights[labels == c].sum()) for c in (0, 1, 3)]
+    assert by_class == pytest.approx([1.0, 1.0, 1.0])
+    assert (weights[labels == IGNORE_LABEL] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["none", "drop", "mask", "resample"])
+@given(seed=st.integers(0, 1_000))
+def test_labels_travel_with_their_frames(mode: str, seed: int) -> None:
+    """Whatever is skipped, a position holds a frame of its own video together with that frame's label, or nothing."""
+    bank = bank_of([8, 30, 55])
+    row_labels = torch.arange(94) % 8
+    row_labels[-1] = IGNORE_LABEL
+    plan = plan_windows(bank.num_frames, P, 10)
+    skip = SkipConfig.model_validate({"mode": mode})
+    rows = skip_frames(plan, bank.first, row_labels, P, skip, torch.Generator().manual_seed(seed))
+    batch = gather_windows(bank, row_labels, rows, plan.video)
+    inside = batch.frame_index >= 0
+    frame_rows = bank.first[batch.video][:, None] + batch.frame_index
+    assert (batch.labels[inside] == frame_rows[inside] % 8).all()
+    assert (batch.labels[~inside] == IGNORE_LABEL).all()
+    assert (batch.frame_index < bank.num_frames[batch.video][:, None]).all()
+    seen = inside & batch.valid
+    assert (batch.embeddings[seen][:, 0] == frame_rows[seen].to(torch.float16)).all()
+    assert (batch.labels != IGNORE_LABEL).any(dim=1).all(), "a labelled frame survives in every window"
+    ordered = batch.frame_index.cummax(dim=1).values
+    assert (ordered == batch.frame_index)[inside].all(), "frames stay in order"
+
+
+def test_skipping_drops_the_share_and_leaves_no_gap() -> None:
+    bank = bank_of([4_000])
+    row_labels = torch.zeros(4_001, dtype=torch.int64)
+    row_labels[-1] = IGNORE_LABEL
+    plan = plan_windows(bank.num_frames, 100, 100)
+    for mode in ("drop", "mask"):
+        skip = SkipConfig.model_validate({"mode": mode, "share": [0.2, 0.4]})
+        rows = skip_frames(plan, bank.first, row_labels, 100, skip, torch.Generator().manual_seed(0))
+        kept = rows != bank.zero_row
+        share = 1 - kept.float().mean(dim=1)
+        # 40 windows of 100 frames: the mean is .30 with a standard error below .012 (the draw and the share's range).
+        assert float(share.mean()) == pytest.approx(0.30, abs=0.04)
+        if mode == "drop":
+            assert (kept[:, :-1] >= kept[:, 1:]).all()
+        else:
+            assert (rows[kept] == window_rows(plan, bank.first, 100, bank.zero_row)[kept]).all()
+
+
+@given(st.integers(0, 500), st.integers(1, 9))
+def test_the_only_labelled_frame_survives(seed: int, place: int) -> None:
+    bank = bank_of([P])
+    row_labels = torch.full((P + 1,), IGNORE_LABEL)
+    row_labels[place] = 2
+    skip = SkipConfig(mode="drop", share=(0.9, 0.95))
+    plan = plan_windows(bank.num_frames, P, P)
+    rows = skip_frames(plan, bank.first, row_labels, P, skip, torch.Generator().manual_seed(seed))
+    assert place in rows[0].tolist()
+
+
+def test_resampling_changes_speed_within_its_range() -> None:
+    bank = bank_of([1_000])
+    row_labels = torch.zeros(1_001, dtype=torch.int64)
+    skip = SkipConfig(mode="resample", speed=(0.6, 1.4))
+    plan = plan_windows(bank.num_frames, 100, 10)
+    rows = skip_frames(plan, bank.first, row_labels, 100, skip, torch.Generator().manual_seed(0))
+    span = rows[:, -1] - rows[:, 0] + 1
+    assert int(span.min()) < 75
+    assert int(span.max()) > 125
+    assert int(span.min()) >= 59
+    assert int(span.max()) <= 141
+
+
+@given(st.integers(0, 100), st.integers(1, 64), st.floats(0, 0.9))
+def test_exactly_the_share_of_channels_is_erased(seed: int, width: int, share: float) -> None:
+    keep = channel_mask(7, width, share, torch.Generator().manual_seed(seed))
+    assert ((~keep).sum(dim=1) == round(share * width)).all()
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=5), st.integers(1, 20), st.integers(1, 3))
+def test_stitching_gives_every_frame_its_own_answer(lengths: list[int], stride: int, processes: int) -> None:
+    """A model that only reads its frame's embedding must come back frame by frame, whatever the windows are."""
+    bank = bank_of(lengths, width=3)
+    windows = WindowConfig(window_frames=P, predict_stride=stride)
+
+    def forward(embeddings: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        return embeddings.float() * torch.tensor([0.01, 0.0, -0.01])
+
+    shares = []
+
+    def run(index: int) -> torch.Tensor:
+        def collect(total: torch.Tensor) -> torch.Tensor:
+            shares.append(total)
+            return total
+
+        return stitch_probabilities(
+            forward, bank, 3, windows, 4, process_index=index, num_processes=processes, reduce_sum=collect
+        )
+
+    for index in range(processes):
+        run(index)
+    total = sum(shares[0::2])
+    counts = sum(shares[1::2])
+    found = (total / counts[:, None])[:-1]
+    wanted = forward(bank.embeddings, bank.valid).softmax(dim=1)[:-1]
+    torch.testing.assert_close(found, wanted)
