@@ -90,12 +90,12 @@ def _lay_out_head(layout: _Layout, identity: Identity, units: Units) -> None:
 def _lay_out_brows(layout: _Layout, identity: Identity, units: Units) -> None:
     inner_raise, outer_raise, lowering = units["AU1"], units["AU2"], units["AU4"]
     base = identity.eye_y - identity.brow_gap
-    inner = identity.eye_distance - 9.0 - 4.0 * lowering, base - 6.5 * inner_raise + 5.0 * lowering + identity.brow_tilt
+    inner = identity.eye_distance - 9.0 - 5.0 * lowering, base - 8.0 * inner_raise + 6.5 * lowering + identity.brow_tilt
     middle = (
         identity.eye_distance,
-        base - identity.brow_arch - 2.5 * inner_raise - 4.0 * outer_raise + 2.5 * lowering,
+        base - identity.brow_arch - 3.0 * inner_raise - 5.5 * outer_raise + 3.0 * lowering,
     )
-    outer = identity.eye_distance + 10.5, base + 1.0 - 6.0 * outer_raise + 1.5 * lowering - identity.brow_tilt
+    outer = identity.eye_distance + 10.5, base + 1.0 - 8.0 * outer_raise + 1.5 * lowering - identity.brow_tilt
     half = identity.brow_thickness
     for side, name in SIDES:
         for edge, sign in (("_top", -1.0), ("_bottom", 1.0)):
@@ -110,8 +110,8 @@ def _lay_out_brows(layout: _Layout, identity: Identity, units: Units) -> None:
 def _lay_out_eyes(layout: _Layout, identity: Identity, units: Units, gaze: tuple[float, float], blink: float) -> None:
     scale, open_share = identity.eye_scale, 1.0 - blink
     half = 7.8 * scale
-    widening = 0.45 * min(units["AU1"], units["AU2"])
-    upper = 4.3 * scale * (1.0 + widening - 0.45 * units["AU7"] - 0.15 * units["AU4"]) * open_share - 0.8 * blink
+    widening = 0.7 * min(units["AU1"], units["AU2"])
+    upper = 4.3 * scale * (1.0 + widening - 0.6 * units["AU7"] - 0.15 * units["AU4"]) * open_share - 0.8 * blink
     lower = 2.9 * scale * (1.0 - 0.7 * units["AU7"] - 0.5 * units["AU6"]) * open_share + 0.8 * blink
     for side, name in SIDES:
         x, y = side * identity.eye_distance, identity.eye_y
@@ -151,11 +151,11 @@ def _lay_out_nose(layout: _Layout, identity: Identity, units: Units) -> None:
 def _lay_out_mouth(layout: _Layout, identity: Identity, units: Units) -> None:
     pull, depress, tighten, press = units["AU12"], units["AU15"], units["AU23"], units["AU24"]
     half = 12.5 * identity.mouth_scale
-    half *= 1.0 + 0.35 * pull + 0.1 * depress - 0.4 * tighten - 0.12 * press - 0.12 * units["AU26"]
-    corner = identity.mouth_y - 5.5 * pull + 5.0 * depress + 2.0 * units["AU26"]
+    half *= 1.0 + 0.45 * pull + 0.1 * depress - 0.55 * tighten - 0.12 * press - 0.12 * units["AU26"]
+    corner = identity.mouth_y - 7.5 * pull + 7.5 * depress + 2.0 * units["AU26"]
     middle = identity.mouth_y + 1.5 * units["AU26"] + 1.0 * pull
-    raised = 4.0 * units["AU10"] + 0.8 * depress
-    gap = 4.5 * units["AU25"] + 9.5 * units["AU26"]
+    raised = 5.5 * units["AU10"] + 0.8 * depress
+    gap = 6.0 * units["AU25"] + 11.0 * units["AU26"]
     fullness = identity.lip_fullness * (1.0 - 0.5 * tighten) * (1.0 - 0.8 * press)
     top = middle - raised - 0.3 * gap
     bottom = max(middle + 0.7 * gap - 0.5 * raised, top + 0.2)
@@ -174,7 +174,7 @@ def _lay_out_mouth(layout: _Layout, identity: Identity, units: Units) -> None:
 def _lay_out_creases(layout: _Layout, identity: Identity, units: Units) -> None:
     eye_y, wing_y = identity.eye_y, identity.eye_y + identity.nose_length
     corner = 15.0 + 4.5 * units["AU12"] - 4.0 * units["AU23"]
-    corner_y = identity.mouth_y - 5.5 * units["AU12"] + 4.0 * units["AU15"]
+    corner_y = identity.mouth_y - 7.5 * units["AU12"] + 6.5 * units["AU15"]
     cheek_y = eye_y + 13.0 - 4.5 * units["AU6"]
     squaring = 2.0 * units["AU10"]
     for side, name in SIDES:

@@ -22,8 +22,9 @@ CONFUSIONS: Mapping[str, Mapping[str, float]] = {
     "Other": {"Neutral": 0.5, "Happiness": 0.2, "Sadness": 0.2, "Anger": 0.1},
 }
 
-_LAG_FRAMES = (5.0, 5.0)  # mean and deviation of how late a change is marked; negative: early
-_LARGEST_SHIFT = 0.2  # of the shorter of the two runs that meet
+_LAG_FRAMES = (7.0, 7.0)  # mean and deviation of how late a change is marked; negative: early
+_LARGEST_SHIFT = 0.25  # of the shorter of the two runs that meet
+_MISTAKEN_PART = (0.4, 1.0)  # of a run that is not recognised
 _SPAN_FRAMES = (15, 80)  # of a span left without annotation
 
 
@@ -106,7 +107,8 @@ def _mistake_spans(
         if allowed <= 0:
             return
         rival = EXPRESSIONS.index(str(generator.choice(list(rivals), p=list(rivals.values()))))
-        # All of the run, or as much of its beginning or end as there may still be wrong.
-        span = right[:allowed] if generator.random() < 0.5 else right[-allowed:]
+        # Most or all of the run, from its beginning or its end, as long as that many may still be wrong.
+        length = min(round(generator.uniform(*_MISTAKEN_PART) * len(right)), allowed)
+        span = right[:length] if generator.random() < 0.5 else right[len(right) - length :]
         given[video][span] = rival
         wrong += len(span)

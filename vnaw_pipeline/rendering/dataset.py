@@ -241,7 +241,7 @@ def draw_video(crop_dir: Path, video: ComposedVideo, quality: int) -> int:
     """Draw one video's crops into its folder, one JPEG for each frame with a face; returns the number of frames."""
     generator = np.random.default_rng(video.drawing_seed)
     background = sample_background(generator)
-    noise = sample_noise(generator, generator.uniform(2.0, 7.0))
+    noise = sample_noise(generator, generator.uniform(2.0, 6.0))
     corners = generator.integers(0, CROP_PX, (video.plan.num_images, 2), endpoint=True).tolist()
     script = video.script
     for index in np.flatnonzero(video.face_found).tolist():

@@ -98,7 +98,7 @@ class _Painter:
     def crease(self, name: str, depth: float, width: int = 2) -> None:
         """Draw a fold of the skin, the darker the deeper."""
         if depth > _VISIBLE_DEPTH:
-            self.stroke(self.parts[name], self.shade(min(0.75 * depth, 0.6)), width)
+            self.stroke(self.parts[name], self.shade(min(0.85 * depth, 0.75)), width)
 
     def shade(self, share: float) -> Colour:
         """The skin in shadow."""
@@ -122,18 +122,18 @@ def _paint_head(painter: _Painter) -> None:
 def _paint_skin(painter: _Painter, units: Units) -> None:
     for _, name in SIDES:
         if units["AU6"] > _VISIBLE_DEPTH:
-            painter.fill(painter.parts["cheek" + name], mix(painter.identity.skin, _BLUSH, 0.3 * units["AU6"]))
-        painter.crease("fold" + name, 0.22 + 0.75 * max(units["AU10"], 0.8 * units["AU12"]), 3)
-        painter.crease("furrow" + name, units["AU4"], 3)
+            painter.fill(painter.parts["cheek" + name], mix(painter.identity.skin, _BLUSH, 0.5 * units["AU6"]))
+        painter.crease("fold" + name, 0.22 + 0.75 * max(units["AU10"], 0.8 * units["AU12"]), 4)
+        painter.crease("furrow" + name, units["AU4"], 4)
         painter.crease("lid_bag" + name, 0.12 + 0.6 * max(units["AU6"], 0.7 * units["AU7"]))
-        painter.crease("nose_wrinkle" + name, units["AU10"], 3)
-        painter.crease("droop" + name, units["AU15"], 3)
+        painter.crease("nose_wrinkle" + name, units["AU10"], 4)
+        painter.crease("droop" + name, units["AU15"], 4)
         for ray in ("_high", "_middle", "_low"):
             painter.crease(f"crow{ray}{name}", 0.8 * units["AU6"])
-    painter.crease("forehead_low", 0.7 * max(units["AU2"], 0.8 * units["AU1"]))
-    painter.crease("forehead_high", 0.7 * max(units["AU2"], 0.6 * units["AU1"]))
-    painter.crease("press_top", 0.7 * units["AU24"])
-    painter.crease("press_bottom", 0.9 * units["AU24"])
+    painter.crease("forehead_low", 0.8 * max(units["AU2"], 0.8 * units["AU1"]))
+    painter.crease("forehead_high", 0.8 * max(units["AU2"], 0.6 * units["AU1"]))
+    painter.crease("press_top", 0.8 * units["AU24"], 3)
+    painter.crease("press_bottom", units["AU24"], 3)
 
 
 def _paint_nose(painter: _Painter) -> None:

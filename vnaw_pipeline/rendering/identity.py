@@ -33,7 +33,7 @@ _FRAMES: tuple[Colour, ...] = ((24, 24, 26), (96, 62, 34), (120, 120, 128), (120
 class Identity:
     """One person. Lengths in pixels of the 112 px crop, `*_scale` relative to an average face.
 
-    `resting_units` (12,) is what the face shows at rest in the order of ACTION_UNITS, at most 0.2: some people look
+    `resting_units` (12,) is what the face shows at rest in the order of ACTION_UNITS, at most 0.1: some people look
     stern or amused without expressing anything. `expressiveness` multiplies every expression they make.
     """
 
@@ -87,25 +87,25 @@ def sample_identity(generator: np.random.Generator) -> Identity:
         chin=spread(45.0, 50.0),
         jaw_squareness=spread(2.0, 2.9),
         eye_distance=spread(17.0, 20.5),
-        eye_y=spread(-12.0, -8.5),
-        eye_scale=spread(0.85, 1.2),
+        eye_y=spread(-10.5, -9.5),
+        eye_scale=spread(0.9, 1.1),
         eye_tilt=spread(-1.2, 1.2),
-        brow_gap=spread(9.5, 12.5),
+        brow_gap=spread(10.5, 11.5),
         brow_thickness=spread(1.3, 2.9),
-        brow_tilt=spread(-1.2, 1.2),
+        brow_tilt=spread(-0.5, 0.5),
         brow_arch=spread(0.5, 2.5),
         nose_length=spread(16.0, 21.0),
         nose_scale=spread(0.8, 1.25),
-        mouth_y=spread(24.0, 28.0),
-        mouth_scale=spread(0.85, 1.15),
+        mouth_y=spread(25.5, 27.0),
+        mouth_scale=spread(0.92, 1.08),
         lip_fullness=spread(0.75, 1.35),
         hairline=spread(-40.0, -30.0),
         long_hair=long_hair,
         parting=spread(-0.9, 0.9),
         glasses=glasses,
         beard=beard,
-        expressiveness=spread(0.8, 1.15),
-        resting_units=generator.uniform(0.0, 0.2, 12) * (generator.random(12) < 0.3),
+        expressiveness=spread(0.9, 1.15),
+        resting_units=generator.uniform(0.0, 0.1, 12) * (generator.random(12) < 0.3),
     )
 
 

@@ -13,9 +13,9 @@ NEUTRAL = EXPRESSIONS.index("Neutral")
 TRAIN_FRAMES = (179434, 17153, 10978, 9110, 94344, 80671, 30639, 169887)
 """Labelled frames of Aff-Wild2's training videos by class, in the order of EXPRESSIONS."""
 
-_LEAST_SHARE = 0.03  # in a few minutes of video 1.5% would be one single occurrence
-_SEGMENT_FRAMES = 85
-_LEAST_SEGMENTS = 2
+_LEAST_SHARE = 0.04  # in a few minutes of video 1.5% would be one single occurrence
+_SEGMENT_FRAMES = 60
+_LEAST_SEGMENTS = 3
 
 
 class Segment(NamedTuple):
@@ -27,7 +27,7 @@ class Segment(NamedTuple):
 
 
 def class_shares() -> list[float]:
-    """Share of the frames that each expression gets: Aff-Wild2's, but none under 3%."""
+    """Share of the frames that each expression gets: Aff-Wild2's, but none under 4%."""
     shares = np.maximum(np.array(TRAIN_FRAMES) / sum(TRAIN_FRAMES), _LEAST_SHARE)
     return [float(share) for share in shares / shares.sum()]
 
@@ -35,7 +35,7 @@ def class_shares() -> list[float]:
 def schedule_expressions(video_frames: Sequence[int], generator: np.random.Generator) -> list[list[Segment]]:
     """Spread the expressions of one split over its videos; what no segment covers is Neutral.
 
-    Every class gets its share of all frames in at least two segments, and its segments go to different videos as far
+    Every class gets its share of all frames in at least three segments, and its segments go to different videos as far
     as there is room, so that no person and no video stands for a class.
 
     Args:

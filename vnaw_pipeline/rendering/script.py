@@ -123,13 +123,13 @@ def write_script(
         expression[envelope > shown] = segment.expression
         shown = np.maximum(shown, envelope)
         pattern = identity.expressiveness * _sample_pattern(segment.expression, generator)
-        waves = 1.0 - generator.uniform(0.3, 0.95, 12) * np.column_stack(
-            [_wave(num_frames, 18.0, generator) ** 2 for _ in range(12)]
+        waves = 1.0 - generator.uniform(0.5, 1.0, 12) * np.column_stack(
+            [_wave(num_frames, 14.0, generator) ** 2 for _ in range(12)]
         )
         action_units = np.maximum(action_units, envelope[:, None] * pattern * waves)
     action_units = np.maximum(action_units, identity.resting_units)
     action_units = _converse(action_units, generator)
-    burst = _bursts(num_frames, 0.08, (6, 18), generator)
+    burst = _bursts(num_frames, 0.12, (6, 18), generator)
     turned = _bursts(num_frames, 0.10, (15, 45), generator)
     return VideoScript(
         action_units=np.clip(action_units, 0.0, 1.0),
@@ -139,10 +139,10 @@ def write_script(
         hand=_hand_motion(num_frames, generator),
         exposure=np.column_stack(
             [
-                generator.uniform(0.75, 1.1) + _drift(num_frames, 60.0, 0.18, generator),
-                _drift(num_frames, 90.0, 0.35, generator),
-                _drift(num_frames, 90.0, 0.20, generator),
-                generator.uniform(0.0, 0.9) + 2.2 * _bursts(num_frames, 0.08, (8, 30), generator),
+                generator.uniform(0.85, 1.05) + _drift(num_frames, 60.0, 0.12, generator),
+                _drift(num_frames, 90.0, 0.25, generator),
+                _drift(num_frames, 90.0, 0.15, generator),
+                generator.uniform(0.0, 0.7) + 2.2 * _bursts(num_frames, 0.12, (8, 24), generator),
                 14.0 * burst,
             ]
         ),
@@ -154,7 +154,7 @@ def _sample_pattern(expression: int, generator: np.random.Generator) -> FloatArr
     """One showing of an expression, (12,): a variant, its strength, and each action unit's own share in it."""
     variants = PATTERNS[EXPRESSIONS[expression]]
     variant = variants[generator.integers(len(variants))]
-    strength = generator.uniform(0.6, 1.05)
+    strength = generator.uniform(0.75, 1.15)
     amounts = np.array([variant.get(name, 0.0) for name in ACTION_UNITS])
     return np.asarray(strength * amounts * generator.uniform(0.75, 1.15, 12))
 
@@ -174,11 +174,11 @@ def _envelope(segment: Segment, num_frames: int, generator: np.random.Generator)
 def _converse(action_units: FloatArray, generator: np.random.Generator) -> FloatArray:
     """Add what faces do in talk: moving lips, which blur a mouth's own shape, and quick raises of the brows."""
     num_frames = len(action_units)
-    talk = _bursts(num_frames, 0.35, (25, 120), generator)
+    talk = _bursts(num_frames, 0.4, (15, 60), generator)
     phase = np.cumsum(generator.uniform(0.5, 1.1, num_frames))
     syllables = talk * (0.5 + 0.5 * np.sin(phase)) * (0.5 + 0.5 * _wave(num_frames, 9.0, generator))
     spoken = action_units.copy()
-    spoken[:, _MOUTH_SHAPES] *= 1.0 - 0.55 * talk[:, None]
+    spoken[:, _MOUTH_SHAPES] *= 1.0 - 0.7 * talk[:, None]
     spoken[:, _LIPS_PART] = np.maximum(spoken[:, _LIPS_PART] * (1.0 - 0.5 * talk), 0.9 * syllables)
     spoken[:, _JAW_DROP] = np.maximum(spoken[:, _JAW_DROP] * (1.0 - 0.5 * talk), 0.6 * syllables**2)
     flash = _bursts(num_frames, 0.06, (8, 16), generator) * generator.uniform(0.4, 0.9)
@@ -188,9 +188,9 @@ def _converse(action_units: FloatArray, generator: np.random.Generator) -> Float
 
 def _head_motion(num_frames: int, turned: FloatArray, generator: np.random.Generator) -> FloatArray:
     side = generator.choice([-1.0, 1.0])
-    yaw = _drift(num_frames, 35.0, 0.22, generator) + generator.uniform(-0.12, 0.12) + 0.5 * side * turned
-    pitch = _drift(num_frames, 30.0, 0.16, generator)
-    roll = _drift(num_frames, 40.0, 0.12, generator)
+    yaw = _drift(num_frames, 35.0, 0.16, generator) + generator.uniform(-0.1, 0.1) + 0.45 * side * turned
+    pitch = _drift(num_frames, 30.0, 0.10, generator)
+    roll = _drift(num_frames, 40.0, 0.08, generator)
     return np.column_stack([yaw, pitch, roll])
 
 
