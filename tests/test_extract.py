@@ -38,9 +38,7 @@ def store_digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-def test_embeddings_are_those_of_bare_timm(
-    drawn: DrawnData, tiny_config: PipelineConfig, drawn_store: Path
-) -> None:
+def test_embeddings_are_those_of_bare_timm(drawn: DrawnData, tiny_config: PipelineConfig, drawn_store: Path) -> None:
     """One image at a time through timm itself, normalised by hand. Tolerance: float16 keeps 11 bits."""
     encoder = tiny_config.encoder
     with torch.random.fork_rng():
@@ -187,7 +185,7 @@ def test_a_killed_extraction_goes_on(
 def test_units_are_shared_by_frames_and_none_twice() -> None:
     units = [Unit(f"v{i}", 0, length) for i, length in enumerate([1000, 10, 10, 500, 480, 30])]
     shares = [share_of(units, index, 2) for index in range(2)]
-    assert sorted((u.video_id for share in shares for u in share)) == sorted(u.video_id for u in units)
+    assert sorted(u.video_id for share in shares for u in share) == sorted(u.video_id for u in units)
     assert [sum(u.stop - u.start for u in share) for share in shares] == [1020, 1010]
     assert share_of(units[:1], 1, 2) == []
 

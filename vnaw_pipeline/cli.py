@@ -29,7 +29,7 @@ Manifest = Annotated[Path, typer.Option(help="Manifest of videos (CSV).", exists
 Annotations = Annotated[Path, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)]
 Crops = Annotated[Path, typer.Option(help="Folder that the manifest's crops lie under.", exists=True, file_okay=False)]
 Store = Annotated[Path, typer.Option(help="Feature store (a folder).")]
-Run = Annotated[Path, typer.Option(help="Run folder.")]
+Run = Annotated[Path, typer.Option("--run-dir", help="Run folder.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML configuration.", exists=True, dir_okay=False)]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override one value: section.key=value. Repeatable.")
@@ -49,7 +49,7 @@ def demo(
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.demo import DEMO_CONFIG, run_demo
 
-    typer.echo(run_demo(work_dir, load_config(config or DEMO_CONFIG, overrides)))
+    run_demo(work_dir, load_config(config or DEMO_CONFIG, overrides), typer.echo)
 
 
 @app.command()

@@ -88,6 +88,8 @@ class FinetuneConfig(_Section):
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of all steps in which the learning rate rises linearly."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    vary_images: bool = True
+    """Mirror, turn, scale, shift and relight each training image a little."""
     validation_frames: int = Field(default=5_000, gt=0)
     """Evenly spaced labelled validation frames that score each epoch."""
     precision: Literal["no", "bf16", "fp16"] = "no"

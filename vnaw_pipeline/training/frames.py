@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from vnaw_pipeline.config import LossConfig, PipelineConfig
+from vnaw_pipeline.config import FinetuneConfig, LossConfig, PipelineConfig
 from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_video_crops
 from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.features.encoder import Preprocessing, create_model, load_weights, preprocessing_of
@@ -120,7 +121,7 @@ def finetune_encoder(
     recipe = Recipe(
         model=model,
         steps=partial(_epoch_steps, train, config, len(task.outputs)),
-        objective=partial(_objective, preprocessing, settings.label_smoothing),
+        objective=partial(_objective, preprocessing, settings),
         evaluate=partial(_evaluate, validation, preprocessing, settings.batch_frames, settings.validation_frames),
         header={
             "kind": "encoder",
@@ -191,27 +192,47 @@ def _labelled_frames(
 def _epoch_steps(
     train: LabelledFrames, config: PipelineConfig, num_classes: int, epoch: int
 ) -> Iterator[list[FrameBatch]]:
-    """This process's batches of an epoch: class-balanced draws, half of them mirrored."""
+    """This process's batches of an epoch: class-balanced draws."""
     state = process_state()
     settings = config.finetune
     generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
     weights = balanced_weights(train.labels, num_classes)
     drawn = torch.multinomial(weights, settings.frames_per_epoch, replacement=True, generator=generator)
-    mirrored = torch.rand(len(drawn), generator=generator) < 0.5
-    for positions in torch.arange(len(drawn)).tensor_split(-(-len(drawn) // settings.batch_frames)):
-        (mine,) = split_step(positions, state.process_index, state.num_processes, accumulation=1)
-        batch = train.read(drawn[mine])
-        images = torch.where(mirrored[mine][:, None, None, None], batch.images.flip(2), batch.images)
-        yield [FrameBatch(images.to(state.device), batch.labels.to(state.device))]
+    for of_step in drawn.tensor_split(-(-len(drawn) // settings.batch_frames)):
+        (mine,) = split_step(of_step, state.process_index, state.num_processes, accumulation=1)
+        batch = train.read(mine)
+        yield [FrameBatch(batch.images.to(state.device), batch.labels.to(state.device))]
 
 
 def _objective(
-    preprocessing: Preprocessing, label_smoothing: float, model: nn.Module, batch: FrameBatch, progress: float
+    preprocessing: Preprocessing, settings: FinetuneConfig, model: nn.Module, batch: FrameBatch, progress: float
 ) -> tuple[Tensor, Tensor]:
-    logits = model(preprocessing.normalise(batch.images))
-    frame_loss = LossConfig(level="frame", weighting="none", label_smoothing=label_smoothing)
+    images = preprocessing.normalise(batch.images)
+    logits = model(vary_images(images) if settings.vary_images else images)
+    frame_loss = LossConfig(level="frame", weighting="none", label_smoothing=settings.label_smoothing)
     every = torch.ones_like(batch.labels, dtype=torch.bool)
     return expression_loss(logits[:, None], batch.labels[:, None], every[:, None], frame_loss, progress)
+
+
+def vary_images(images: Tensor) -> Tensor:
+    """Mirror half of the images, and turn, scale, shift, brighten and contrast each a little; (B, 3, S, S), normalised.
+
+    Draws from torch's global generator, which `fit` seeds by epoch and process. Drawn in float32 on the images' device.
+    """
+    count, device = len(images), images.device
+
+    def uniform(half_range: float) -> Tensor:
+        return (2 * torch.rand(count, device=device) - 1) * half_range
+
+    mirror = torch.where(torch.rand(count, device=device) < 0.5, -1.0, 1.0)
+    angle, scale = uniform(0.2), 1 + uniform(0.12)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    rows = [cos * mirror, -sin, uniform(0.1), sin * mirror, cos, uniform(0.1)]
+    with torch.autocast(device.type, enabled=False):  # bf16 coordinates would be pixels off
+        grid = F.affine_grid(torch.stack(rows, dim=1).view(count, 2, 3), list(images.shape), align_corners=False)
+        varied = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    brightness, contrast = uniform(0.4), 1 + uniform(0.3)
+    return varied * contrast[:, None, None, None] + brightness[:, None, None, None]
 
 
 @torch.inference_mode()

@@ -1,0 +1,399 @@
+"""Training: it learns, it is repeatable, it goes on after a kill, and processes and passes change nothing."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from vnaw_pipeline.checkpoints import load_tensors, save_tensors
+from vnaw_pipeline.config import PipelineConfig, dump_config, load_config
+from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError, StoreError
+from vnaw_pipeline.features.encoder import load_encoder
+from vnaw_pipeline.features.store import create_store, open_store
+from vnaw_pipeline.prediction.evaluate import evaluate_predictions
+from vnaw_pipeline.prediction.predict import predict_videos
+from vnaw_pipeline.runs import RunFolder, open_run
+from vnaw_pipeline.training.frames import finetune_encoder
+from vnaw_pipeline.training.loop import Optimisation, Recipe, fit, learning_rate_share, split_step
+from vnaw_pipeline.training.windows import train_windows
+
+from .conftest import DrawnData
+
+
+def changed(config: PipelineConfig, section: str, **values: object) -> PipelineConfig:
+    part = getattr(config, section)
+    return PipelineConfig.model_validate({**config.model_dump(), section: {**part.model_dump(), **values}})
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["train_loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(drawn: DrawnData, store: Path, run: Path, config: PipelineConfig, **options: bool) -> None:
+    train_windows(drawn.manifest, drawn.annotations, store, run, config, **options)
+
+
+def optimisation(epochs: int, **changes: object) -> Optimisation:
+    values = {
+        "epochs": epochs,
+        "steps_per_epoch": 4,
+        "learning_rate": 0.05,
+        "weight_decay": 0.0,
+        "warmup_share": 0.0,
+        "max_grad_norm": None,
+        "precision": "no",
+        "tracker": None,
+        "seed": 0,
+    }
+    return Optimisation(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def regression(accumulation: int = 1) -> tuple[Recipe[torch.Tensor], nn.Module]:
+    """Fit y = 2x with dropout in the way, so that the random state matters."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.2 if accumulation == 1 else 0.0), nn.Linear(8, 1))
+
+    def steps(epoch: int) -> list[list[torch.Tensor]]:
+        generator = torch.Generator().manual_seed(epoch)
+        return [list(torch.randn(12, 1, generator=generator).tensor_split(accumulation)) for _ in range(4)]
+
+    def objective(model: nn.Module, x: torch.Tensor, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return (model(x) - 2 * x).square().sum(), torch.tensor(len(x))
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        assert not model.training, "an epoch is scored in eval mode"
+        x = torch.linspace(-1, 1, 9)[:, None]
+        with torch.inference_mode():
+            return {"macro_f1": -float((model(x) - 2 * x).square().mean())}
+
+    return Recipe(model=model, steps=steps, objective=objective, evaluate=evaluate, header={}, label="fit"), model
+
+
+def test_fit_learns_and_keeps_the_best_epoch(tmp_path: Path) -> None:
+    recipe, _ = regression()
+    history = fit(recipe, optimisation(12), RunFolder(tmp_path))
+    assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
+    best = max(history, key=lambda row: row["macro_f1"])
+    _, header = load_tensors(RunFolder(tmp_path).best)
+    assert header["epoch"] == best["epoch"]
+    assert [row["epoch"] for row in history] == list(range(12))
+
+
+def test_going_on_equals_not_having_stopped(tmp_path: Path) -> None:
+    recipe, whole = regression()
+    fit(recipe, optimisation(6), RunFolder(tmp_path / "whole"))
+
+    class KilledError(Exception):
+        pass
+
+    recipe, _ = regression()
+    real_evaluate = recipe.evaluate
+    calls = []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KilledError
+        return real_evaluate(model)
+
+    interrupted = Recipe(**{**recipe.__dict__, "evaluate": evaluate})
+    with pytest.raises(KilledError):
+        fit(interrupted, optimisation(6), RunFolder(tmp_path / "parts"))
+    assert len(losses(tmp_path / "parts")) == 3
+    recipe, resumed = regression()
+    fit(recipe, optimisation(6), RunFolder(tmp_path / "parts"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for a, b in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_accumulation_changes_nothing(tmp_path: Path) -> None:
+    """The gradient of a step is the mean over its units however they are split, also unevenly (12 into 5)."""
+    for parts in (2, 5):
+        once, twice = [
+            fit(regression(count)[0], optimisation(3), RunFolder(tmp_path / f"{parts}-{index}"))
+            for index, count in enumerate((parts, 12))
+        ]
+        for a, b in zip(once, twice, strict=True):
+            assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+
+
+def test_learning_rate_curve() -> None:
+    plan = optimisation(10, warmup_share=0.1)
+    shares = [learning_rate_share(step, plan) for step in range(40)]
+    assert shares[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert shares[22] == pytest.approx(0.5)
+    assert all(a >= b for a, b in itertools.pairwise(shares))
+    assert 0 < shares[-1] < 0.01
+
+
+def test_a_step_is_split_without_loss() -> None:
+    units = torch.arange(11)
+    parts = [part for index in range(2) for part in split_step(units, index, 2, 2)]
+    assert sorted(torch.cat(parts).tolist()) == list(range(11))
+    assert {len(part) for part in parts} == {2, 3}
+    with pytest.raises(ConfigError, match="A step of 3 cannot be split over 2 processes x 2 passes"):
+        split_step(torch.arange(3), 0, 2, 2)
+
+
+def test_same_seed_same_losses_other_seed_other(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    train(drawn, drawn_store, tmp_path / "a", tiny_config)
+    train(drawn, drawn_store, tmp_path / "b", tiny_config)
+    other = tiny_config.model_copy(update={"seed": 1})
+    with pytest.raises(CheckpointError, match="seed: 1"):
+        train(drawn, drawn_store, tmp_path / "b", other)
+    train(drawn, drawn_store, tmp_path / "b2", changed(tiny_config, "train", accumulation=2))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    record = json.loads((tmp_path / "a" / "record.json").read_text())
+    assert record["features"] == open_store(drawn_store).fingerprint
+    assert load_config(tmp_path / "a" / "config.yaml") == tiny_config
+
+
+def test_a_rerun_of_a_finished_run_does_nothing_and_overwrite_starts_afresh(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    train(drawn, drawn_store, tmp_path / "a", tiny_config)
+    before = (tmp_path / "a" / "checkpoint" / "last.safetensors").stat().st_mtime_ns
+    report = train_windows(drawn.manifest, drawn.annotations, drawn_store, tmp_path / "a", tiny_config)
+    assert (report.done, report.skipped) == (0, 3)
+    assert (tmp_path / "a" / "checkpoint" / "last.safetensors").stat().st_mtime_ns == before
+    report = train_windows(drawn.manifest, drawn.annotations, drawn_store, tmp_path / "a", tiny_config, overwrite=True)
+    assert (report.done, report.skipped) == (3, 0)
+
+
+def test_it_can_learn_two_windows_by_heart(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    config = changed(tiny_config, "train", epochs=200, batch_windows=16)
+    config = changed(config, "temporal", dropout=0.0, width=64, feed_forward=128)
+    config = changed(config, "windows", erase_share=0.0, skip={"mode": "none"})
+    config = changed(config, "loss", weighting="none")
+    few = drawn.manifest[(drawn.manifest.split == "validation") | (drawn.manifest.index < 1)]
+    train_windows(few, drawn.annotations, drawn_store, tmp_path / "a", config)
+    found = losses(tmp_path / "a")
+    assert found[-1] < 0.35 * found[0], found[::10]
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("loss", {"level": "window"}),
+        ("loss", {"weighting": "none"}),
+        ("loss", {"preset": "public-code"}),
+        ("loss", {"normalised": False}),
+        ("loss", {"weights_carry_gradient": True}),
+        ("loss", {"lam_a": 0.1}),
+        ("loss", {"label_smoothing": 0.2}),
+        ("windows", {"erase_share": 0.5}),
+        ("windows", {"skip": {"mode": "mask"}}),
+        ("windows", {"skip": {"mode": "resample"}}),
+        ("windows", {"skip": {"mode": "drop", "share": [0.7, 0.8]}}),
+        ("windows", {"train_stride": 10}),
+        ("temporal", {"position": "sinusoidal"}),
+        ("temporal", {"causal": True}),
+        ("temporal", {"dropout": 0.5}),
+        ("train", {"sampling": "uniform"}),
+        ("train", {"weight_decay": 0.5}),
+        ("train", {"warmup_share": 0.5}),
+        ("train", {"windows_per_epoch": 7}),
+        ("train", {"max_grad_norm": 0.01}),
+        ("train", {"precision": "bf16"}),
+    ],
+)
+def test_every_value_changes_the_training(
+    section: str,
+    values: dict[str, object],
+    drawn: DrawnData,
+    drawn_store: Path,
+    tiny_config: PipelineConfig,
+    reference_losses: list[float],
+    tmp_path: Path,
+) -> None:
+    """No flag that nothing reads."""
+    train(drawn, drawn_store, tmp_path / "a", changed(tiny_config, section, **values))
+    assert losses(tmp_path / "a") != reference_losses
+
+
+@pytest.fixture(scope="module")
+def reference_losses(
+    drawn: DrawnData,
+    drawn_store: Path,
+    tiny_config: PipelineConfig,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[float]:
+    run = tmp_path_factory.mktemp("reference")
+    train(drawn, drawn_store, run, tiny_config)
+    return losses(run)
+
+
+def test_accumulation_and_processes_change_nothing(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    """Same loss per step up to float32 sums. Dropout is off: its draws differ with the shape of a pass."""
+    config = changed(changed(tiny_config, "temporal", dropout=0.0), "train", batch_windows=4)
+    train(drawn, drawn_store, tmp_path / "one", config)
+    train(drawn, drawn_store, tmp_path / "parts", changed(config, "train", accumulation=2))
+    config_path = tmp_path / "config.yaml"
+    config_path.write_text(dump_config(config))
+    options = {
+        "--manifest": drawn.manifest_path,
+        "--annotations": drawn.annotations,
+        "--store": drawn_store,
+        "--run-dir": tmp_path / "two",
+        "--config": config_path,
+    }
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vnaw_pipeline", "train"]
+    line += [str(part) for pair in options.items() for part in pair]
+    finished = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_a_killed_training_goes_on_with_the_same_losses(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    config = changed(tiny_config, "train", epochs=12)
+    config_path = tmp_path / "config.yaml"
+    config_path.write_text(dump_config(config))
+    train(drawn, drawn_store, tmp_path / "whole", config)
+    options = {
+        "--manifest": drawn.manifest_path,
+        "--annotations": drawn.annotations,
+        "--store": drawn_store,
+        "--run-dir": tmp_path / "killed",
+        "--config": config_path,
+    }
+    line = [sys.executable, "-m", "vnaw_pipeline", "train", *(str(part) for pair in options.items() for part in pair)]
+    process = subprocess.Popen(line)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(losses(tmp_path / "killed")) >= 3):
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+def test_predictions_have_a_row_for_every_frame_and_score_as_training_said(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "a"
+    train(drawn, drawn_store, run, changed(tiny_config, "train", epochs=4))
+    for split in ("train", "validation", "test"):
+        predict_videos(drawn.manifest, drawn_store, run, split)
+    for split in ("train", "validation", "test"):
+        table = pd.read_parquet(run / "predictions" / f"{split}.parquet")
+        raw = pd.read_parquet(run / "predictions" / f"{split}_raw.parquet")
+        rows = drawn.manifest[drawn.manifest.split == split]
+        counts = table.groupby("video_id", observed=True).frame_index.agg(["count", "max"])
+        assert counts["count"].to_dict() == dict(zip(rows.video_id, rows.num_frames, strict=True))
+        assert (counts["max"] == counts["count"] - 1).all()
+        p = table.filter(like="p_")
+        assert p.columns.tolist()[:2] == ["p_neutral", "p_anger"]
+        np.testing.assert_allclose(p.sum(axis=1), 1, rtol=1e-4)
+        assert (~table.valid).any()
+        assert (p[table.valid] == raw.filter(like="p_")[table.valid]).all(axis=None)
+    assert drawn.manifest.num_frames.min() < 40, "a video shorter than a window is among them"
+    scores = evaluate_predictions(drawn.manifest, drawn.annotations, run / "predictions" / "validation.parquet")
+    best = max(json.loads(line)["macro_f1"] for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert scores.macro_f1 == pytest.approx(best, abs=1e-9)
+
+
+def test_runs_of_other_features_tasks_and_widths_are_refused(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "a"
+    train(drawn, drawn_store, run, tiny_config)
+    fingerprint = open_store(drawn_store).fingerprint
+    other = create_store(tmp_path / "other", {**fingerprint, "weights": "others"}, 16)
+    for row in drawn.manifest.itertuples():
+        other.add_video(row.video_id, row.num_frames)
+        (unit,) = other.units(row.video_id)
+        other.write_unit(unit, np.zeros((row.num_frames, 16), np.float16), np.ones(row.num_frames, np.bool_))
+    with pytest.raises(CheckpointError, match="weights: found 'others'"):
+        predict_videos(drawn.manifest, other.path, run, "test")
+    with pytest.raises(CheckpointError, match=r"weights.*Give a new run folder"):
+        train(drawn, other.path, run, tiny_config)
+    with pytest.raises(StoreError, match="There is no feature store"):
+        predict_videos(drawn.manifest, tmp_path / "gone", run, "test")
+    with pytest.raises(DataError, match="no videos in split 'test'"):
+        predict_videos(drawn.manifest[drawn.manifest.split != "test"], drawn_store, run, "test")
+    tensors, header = load_tensors(run / "checkpoint" / "best.safetensors")
+    save_tensors(run / "checkpoint" / "best.safetensors", tensors, {**header, "embedding_dim": 99})
+    with pytest.raises(CheckpointError, match="does not fit the config it carries"):
+        open_run(run)
+    save_tensors(run / "checkpoint" / "best.safetensors", tensors, {**header, "kind": "encoder"})
+    with pytest.raises(CheckpointError, match="not the checkpoint of a temporal model"):
+        open_run(run)
+    with pytest.raises(CheckpointError, match="is not there"):
+        open_run(tmp_path / "nowhere")
+
+
+def test_nothing_to_train_or_validate_on_is_said(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="no annotated videos in split 'validation'"):
+        train_windows(
+            drawn.manifest[drawn.manifest.split == "train"], drawn.annotations, drawn_store, tmp_path / "a", tiny_config
+        )
+    none = changed(tiny_config, "loss", min_labelled=1.0)
+    none = changed(none, "windows", window_frames=90, train_stride=90, predict_stride=90)
+    with pytest.raises(DataError, match="No training window of 90 frames has 100% of its frames labelled"):
+        train(drawn, drawn_store, tmp_path / "b", none)
+
+
+def test_coarse_label_space_trains_and_predicts(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    config = PipelineConfig.model_validate({**tiny_config.model_dump(), "task": "coarse5"})
+    train(drawn, drawn_store, tmp_path / "a", config)
+    predict_videos(drawn.manifest, drawn_store, tmp_path / "a", "validation")
+    predictions = tmp_path / "a" / "predictions" / "validation.parquet"
+    scores = evaluate_predictions(drawn.manifest, drawn.annotations, predictions, "coarse5")
+    assert scores.confusion.shape == (5, 5)
+    with pytest.raises(DataError, match="no column p_anger"):
+        evaluate_predictions(drawn.manifest, drawn.annotations, predictions, "expr8")
+
+
+def test_finetuning_writes_an_encoder_that_extraction_loads(
+    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "ft"
+    report = finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, run, tiny_config)
+    assert report.ok
+    assert len(losses(run)) == 2
+    best = run / "checkpoint" / "best.safetensors"
+    tuned = load_encoder(tiny_config.encoder.model_copy(update={"weights": best}))
+    assert tuned.weights_digest != load_encoder(tiny_config.encoder).weights_digest
+    weights = load_file(best)
+    for name, value in tuned.model.state_dict().items():
+        assert torch.equal(value, weights[name])
+    with pytest.raises(CheckpointError, match="not the checkpoint of a temporal model"):
+        open_run(run)
+
+
+def test_finetuning_names_crops_it_cannot_read(drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path) -> None:
+    shutil.copytree(drawn.crops, tmp_path / "crops")
+    rows = drawn.manifest[drawn.manifest.split == "train"]
+    for image in (tmp_path / "crops" / rows.crops.iloc[0]).glob("*.jpg"):
+        image.write_bytes(b"")
+    report = finetune_encoder(drawn.manifest, drawn.annotations, tmp_path / "crops", tmp_path / "ft", tiny_config)
+    assert not report.ok
+    assert {failure.video_id for failure in report.failures} == {rows.video_id.iloc[0]}
+    assert "empty" in (tmp_path / "ft" / "status.csv").read_text()
