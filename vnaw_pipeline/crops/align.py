@@ -1,8 +1,8 @@
 """Aligned crops: five landmarks onto fixed places, by the best shift, rotation and scale.
 
-The places are ArcFace's for 112 x 112, scaled for larger crops. They cut tightly, chin to brow, as Aff-Wild2's
-`cropped_aligned` does; so an encoder trained there sees our own videos the same way. What lies outside the
-frame is black.
+The places are ArcFace's for 112 x 112, scaled for larger crops. They cut tightly, from hairline to chin, as
+Aff-Wild2's `cropped_aligned` does; so an encoder trained there sees our own videos the same way. What lies
+outside the frame is black.
 """
 
 from typing import cast

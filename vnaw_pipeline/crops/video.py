@@ -6,6 +6,7 @@ non-square ones are not stretched.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,8 @@ Rgb = npt.NDArray[np.uint8]
 _SILENT_LOSS_S = 1.0
 """Where a container stores no frame count: seconds missing at the end that count as a loss. Sound that runs on a
 little after the last frame is normal."""
+
+_MATROSKA_DURATION = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 
 
 class Frame(NamedTuple):
@@ -164,6 +167,9 @@ def _duration_s(container_us: int | None, stream: VideoStream) -> float:
         candidates.append(container_us / av.time_base)
     if stream.duration and stream.time_base:
         candidates.append(float(stream.duration * stream.time_base))
+    if tag := _MATROSKA_DURATION.fullmatch(stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = map(float, tag.groups())
+        candidates.append(3600 * hours + 60 * minutes + seconds)
     shortest = min(candidates)
     return shortest if math.isfinite(shortest) else math.nan
 
