@@ -24,7 +24,8 @@ CONFUSIONS: Mapping[str, Mapping[str, float]] = {
 
 _LAG_FRAMES = (7.0, 7.0)  # mean and deviation of how late a change is marked; negative: early
 _LARGEST_SHIFT = 0.25  # of the shorter of the two runs that meet
-_MISTAKEN_PART = (0.4, 1.0)  # of a run that is not recognised
+_MISTAKEN_PART = (0.2, 0.6)  # of a run that is not recognised at first, or no longer
+_WHOLE_RUN_SHARE = 0.3  # of the runs that are mistaken, from beginning to end
 _SPAN_FRAMES = (15, 80)  # of a span left without annotation
 
 
@@ -33,10 +34,10 @@ def annotate_expressions(
 ) -> list[Classes]:
     """Label a split's videos as people would.
 
-    Boundaries are marked late or early; then spans, often a whole run of an expression, are taken for a class that
-    looks alike, until `wrong_share` of the frames of every true class has another label. As long as that is under a
-    half, the right label stays the most frequent one of every class, so that the truth can be learnt. Last, spans are
-    left out.
+    Boundaries are marked late or early; then spans, some of them a whole run of an expression, are taken for a class
+    that looks alike, until `wrong_share` of the frames of every true class has another label. As long as that is under
+    a half, the right label stays the most frequent one of every class, so that the truth can be learnt. Last, spans
+    are left out.
 
     Args:
         truths: for each video its true classes (T,).
@@ -107,8 +108,9 @@ def _mistake_spans(
         if allowed <= 0:
             return
         rival = EXPRESSIONS.index(str(generator.choice(list(rivals), p=list(rivals.values()))))
-        # Most or all of the run, from its beginning or its end, as long as that many may still be wrong.
-        length = min(round(generator.uniform(*_MISTAKEN_PART) * len(right)), allowed)
+        # All of the run or a part from its beginning or its end, as long as that many may still be wrong.
+        part = 1.0 if generator.random() < _WHOLE_RUN_SHARE else generator.uniform(*_MISTAKEN_PART)
+        length = min(round(part * len(right)), allowed)
         span = right[:length] if generator.random() < 0.5 else right[len(right) - length :]
         given[video][span] = rival
         wrong += len(span)

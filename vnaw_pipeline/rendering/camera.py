@@ -28,9 +28,9 @@ class Exposure(NamedTuple):
 
 
 def sample_background(generator: np.random.Generator) -> Image:
-    """Draw a background of soft patches, (CANVAS_PX, CANVAS_PX, 3) uint8 RGB."""
-    tone = generator.uniform(60, 180) + generator.normal(0, 12, 3)
-    patches = np.clip(tone + generator.normal(0, 25, (6, 6, 1)) + generator.normal(0, 8, (6, 6, 3)), 0, 255).astype(
+    """Draw a background of soft greyish patches, (CANVAS_PX, CANVAS_PX, 3) uint8 RGB."""
+    tone = generator.uniform(90, 140) + generator.normal(0, 4, 3)
+    patches = np.clip(tone + generator.normal(0, 8, (6, 6, 1)) + generator.normal(0, 3, (6, 6, 3)), 0, 255).astype(
         np.uint8
     )
     return np.asarray(cv2.resize(patches, (CANVAS_PX, CANVAS_PX), interpolation=cv2.INTER_CUBIC), dtype=np.uint8)

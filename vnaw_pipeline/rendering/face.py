@@ -23,7 +23,7 @@ _FRACTION_BITS = (FIXED_POINT * CROP_PX // CANVAS_PX).bit_length() - 1
 _VISIBLE_DEPTH = 0.06
 _WHITE: Colour = (238, 234, 228)
 _MOUTH: Colour = (64, 20, 26)
-_SHADOW: Colour = (52, 26, 22)
+_SHADOW: Colour = (34, 16, 14)
 _BLUSH: Colour = (236, 140, 124)
 _NECK = fixed_point(np.array([[34.0, 90.0], [78.0, 90.0], [84.0, 118.0], [28.0, 118.0]]))
 _TURNS = np.linspace(0.0, 2 * np.pi, 24, endpoint=False)

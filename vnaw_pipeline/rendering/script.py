@@ -139,9 +139,9 @@ def write_script(
         hand=_hand_motion(num_frames, generator),
         exposure=np.column_stack(
             [
-                generator.uniform(0.85, 1.05) + _drift(num_frames, 60.0, 0.12, generator),
-                _drift(num_frames, 90.0, 0.25, generator),
-                _drift(num_frames, 90.0, 0.15, generator),
+                generator.uniform(0.93, 1.03) + _drift(num_frames, 60.0, 0.06, generator),
+                _drift(num_frames, 90.0, 0.12, generator),
+                _drift(num_frames, 90.0, 0.08, generator),
                 generator.uniform(0.0, 0.7) + 2.2 * _bursts(num_frames, 0.12, (8, 24), generator),
                 14.0 * burst,
             ]
