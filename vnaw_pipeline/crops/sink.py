@@ -75,13 +75,16 @@ def find_tree(out_dir: Path, video_id: str) -> Written | None:
 
 
 def find_pack(out_dir: Path, video_id: str) -> Written | None:
-    """What an earlier run wrote as a pack; None if it did not finish."""
+    """What an earlier run wrote as a pack; None if it did not finish or the pack was damaged since."""
     path = pack_path(out_dir, video_id)
     if not path.is_file():
         return None
-    with h5py.File(path, "r") as pack:
-        valid = pack["valid"][:]
-        return Written(len(valid), int(valid.sum()), pack.attrs["loss"] or None)
+    try:
+        with h5py.File(path, "r") as pack:
+            valid = pack["valid"][:]
+            return Written(len(valid), int(valid.sum()), pack.attrs["loss"] or None)
+    except (OSError, KeyError):
+        return None
 
 
 def write_tree(
@@ -123,7 +126,7 @@ def write_pack(
     seen: list[Crop] = []
     sizes: list[int] = [0]
     with _partial_file(out_dir / f".{video_id}.partial.h5") as partial:
-        with h5py.File(partial, "w") as pack:
+        with _ErrorKeeper(partial, "w+b") as file, h5py.File(file, "w") as pack:
             jpeg = pack.create_dataset("jpeg", (0,), np.uint8, maxshape=(None,), chunks=(_PACK_CHUNK,))
             waiting = bytearray()
             for crop in crops:
@@ -132,6 +135,7 @@ def write_pack(
                 seen.append(crop._replace(jpeg=None))
                 if len(waiting) >= _FLUSH_BYTES:
                     _append(jpeg, waiting)
+                    file.raise_kept()
             _append(jpeg, waiting)
             pack["offset"] = np.cumsum(sizes, dtype=np.int64)
             pack["box"] = np.array([_or_nan(crop.face and crop.face.box, (4,)) for crop in seen])
@@ -142,6 +146,7 @@ def write_pack(
             loss = video.loss()
             pack.attrs.update(num_frames=len(seen), fps=video.fps, source=video.path.name, loss=loss or "")
             pack.attrs["settings"] = json.dumps(settings)
+        file.raise_kept()
         partial.replace(pack_path(out_dir, video_id))
     return Written(len(seen), int(valid.sum()), loss)
 
@@ -169,6 +174,38 @@ def _append(dataset: Any, waiting: bytearray) -> None:
 
 def _or_nan(values: Any, shape: tuple[int, ...]) -> Any:
     return np.full(shape, np.nan, np.float32) if values is None else values
+
+
+class _ErrorKeeper(io.FileIO):
+    """A file for HDF5 to write to that does not fail, but keeps its first error.
+
+    When a write fails, say on a full disk, while HDF5 closes a file, the process ends in a segmentation fault. So
+    HDF5 is told that all went well, what it still writes is dropped, and the error is raised by us.
+    """
+
+    _kept: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        left = memoryview(content).cast("B")
+        size = len(left)
+        try:
+            while left and self._kept is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self._kept = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self._kept = self._kept or error
+            return self.tell()
+
+    def raise_kept(self) -> None:
+        """Raise the first error, if there was one."""
+        if self._kept is not None:
+            raise self._kept
 
 
 @contextmanager
