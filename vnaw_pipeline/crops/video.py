@@ -81,10 +81,15 @@ class VideoReader:
         Raises:
             DataError: not one frame could be decoded.
         """
+        matrix = None
         for decoded in self._decode():
+            if not self.decoded_frames:
+                # It holds for the whole stream; and asking a frame for its side data ties it into a reference
+                # cycle, so that hundreds of frames would wait for the garbage collector.
+                matrix = _display_matrix(decoded)
             time_s = math.nan if decoded.time is None else float(decoded.time)
             self._end_s = time_s
-            rgb = upright(cast(Rgb, decoded.to_ndarray(format="rgb24")), _display_matrix(decoded))
+            rgb = upright(cast(Rgb, decoded.to_ndarray(format="rgb24")), matrix)
             yield Frame(self.decoded_frames, time_s, rgb)
             self.decoded_frames += 1
         if not self.decoded_frames:
