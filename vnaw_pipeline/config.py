@@ -54,7 +54,7 @@ class EncoderConfig(_Section):
     """timm model name."""
     weights: Literal["pretrained", "untrained"] | Path = "pretrained"
     """`pretrained`: timm's own download; `untrained`: seeded random weights, said loudly; else a .safetensors file
-    (a .pth only with --allow-pickle)."""
+    (a .pth only with --allow-pickle), by its path or, of those that ship, by its name."""
     model_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `timm.create_model`, such as img_size or depths."""
     mean: tuple[float, float, float] | None = None

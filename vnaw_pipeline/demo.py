@@ -42,6 +42,7 @@ from vnaw_pipeline.training.frames import finetune_encoder
 from vnaw_pipeline.training.windows import train_windows
 
 DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
+FOLDS = 3
 _TASK = TASKS["expr8"]
 _TEST_LIST = Path("names_of_videos_in_each_test_set", "Expression_Recognition_Challenge_test_set_release.txt")
 _TEMPLATE = Path("test_set_examples", "CVPR_6th_ABAW_Expr_test_set_example.txt")
@@ -113,7 +114,7 @@ def run_demo(work_dir: Path, config: PipelineConfig, say: Callable[[str], None])
 def demo_manifest(data: Path) -> pd.DataFrame:
     """The manifest of a rendered data set, with three folds; `data_manifests/demo_expr.csv` is the default one's."""
     return build_manifest(
-        data / "annotations", data / "crops", _TASK, data / _TEST_LIST, data / _TEMPLATE, folds=3, seed=0
+        data / "annotations", data / "crops", _TASK, data / _TEST_LIST, data / _TEMPLATE, folds=FOLDS, seed=0
     )
 
 

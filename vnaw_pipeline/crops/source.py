@@ -15,6 +15,7 @@ from typing import Protocol, Self
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
 
 from vnaw_pipeline.annotations import frame_index_of, image_name
@@ -33,6 +34,9 @@ class VideoCrops(Protocol):
 
     def read(self, start: int, stop: int) -> list[bytes | None]:
         """JPEG bytes of frames start to stop - 1, None where there is no image; past the end there is none."""
+
+    def present(self, num_frames: int) -> npt.NDArray[np.bool_]:
+        """Which of the first `num_frames` frames have an image, bool (num_frames,), without reading one."""
 
     def close(self) -> None:
         """Let go of the file."""
@@ -75,6 +79,9 @@ class JpegFolder:
             for index in range(start, stop)
         ]
 
+    def present(self, num_frames: int) -> npt.NDArray[np.bool_]:
+        return np.fromiter((index in self._present for index in range(num_frames)), np.bool_, num_frames)
+
     def close(self) -> None:
         """Nothing is held open."""
 
@@ -112,6 +119,10 @@ class CropPack:
             inner = (bounds - bounds[0]).tolist()
             images = [jpeg[a:b] or None for a, b in pairwise(inner)]
         return images + [None] * (stop - start - len(images))
+
+    def present(self, num_frames: int) -> npt.NDArray[np.bool_]:
+        found = np.diff(self._offset)[:num_frames] > 0
+        return np.pad(found, (0, num_frames - len(found)))
 
     def close(self) -> None:
         self._file.close()

@@ -22,6 +22,7 @@ from vnaw_pipeline.errors import CheckpointError, ConfigError, listing
 from vnaw_pipeline.provenance import differences, digest_bytes
 
 _LOG = logging.getLogger(__name__)
+WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
 _CV2_INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 
 
@@ -131,7 +132,7 @@ def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = Fals
             "UNTRAINED encoder: %s has random weights; its embeddings say nothing about expressions.", config.name
         )
     elif isinstance(config.weights, Path):
-        load_weights(model, config.weights, config, allow_pickle)
+        load_weights(model, find_weights(config.weights), config, allow_pickle)
     model.eval().requires_grad_(False)
     preprocessing = preprocessing_of(model, config)
     with torch.inference_mode():
@@ -150,6 +151,12 @@ def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = Fals
 
 def _bytes_of(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().numpy().tobytes()
+
+
+def find_weights(path: Path) -> Path:
+    """A weights file by its path, or, if nothing is there, the file of that name among those that ship."""
+    shipped = WEIGHTS_DIR / path
+    return shipped if not path.exists() and shipped.exists() else path
 
 
 def load_weights(model: nn.Module, path: Path, config: EncoderConfig, allow_pickle: bool = False) -> None:

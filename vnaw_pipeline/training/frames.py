@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from vnaw_pipeline.config import FinetuneConfig, LossConfig, PipelineConfig
 from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_video_crops
 from vnaw_pipeline.errors import DataError
-from vnaw_pipeline.features.encoder import Preprocessing, create_model, load_weights, preprocessing_of
+from vnaw_pipeline.features.encoder import Preprocessing, create_model, find_weights, load_weights, preprocessing_of
 from vnaw_pipeline.losses.expression import expression_loss
 from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.metrics import expression_scores
@@ -107,7 +107,7 @@ def finetune_encoder(
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
     model = create_model(config.encoder, len(task.outputs), config.seed)
     if isinstance(config.encoder.weights, Path):
-        load_weights(model, config.encoder.weights, config.encoder, allow_pickle)
+        load_weights(model, find_weights(config.encoder.weights), config.encoder, allow_pickle)
     preprocessing = preprocessing_of(model, config.encoder)
     train, validation = (
         _labelled_frames(videos, split, annotations_dir, crops_root, task, preprocessing)

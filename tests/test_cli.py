@@ -1,0 +1,217 @@
+"""The commands as a user gives them: whole runs, frozen options, and wrong input that ends in one message."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from vnaw_pipeline.cli import app, main
+from vnaw_pipeline.config import PipelineConfig, dump_config
+
+from .conftest import DrawnData
+
+FROZEN_OPTIONS = {
+    "demo": {"--work-dir", "--config", "--set"},
+    "manifest": {
+        "--out",
+        "--crops",
+        "--annotations",
+        "--task",
+        "--test-list",
+        "--template",
+        "--videos",
+        "--folds",
+        "--seed",
+    },
+    "check": {"--manifest", "--crops", "--annotations", "--task", "--template", "--videos"},
+    "crop": {"--out", "--config", "--set", "--overwrite"},
+    "finetune": {
+        "--manifest",
+        "--annotations",
+        "--crops",
+        "--run-dir",
+        "--config",
+        "--set",
+        "--overwrite",
+        "--allow-pickle",
+    },
+    "extract": {"--manifest", "--crops", "--store", "--config", "--set", "--allow-pickle"},
+    "train": {"--manifest", "--annotations", "--store", "--run-dir", "--config", "--set", "--fold", "--overwrite"},
+    "predict": {"--manifest", "--store", "--run-dir", "--split"},
+    "evaluate": {"--manifest", "--annotations", "--run-dir", "--split", "--json"},
+    "submit": {"--run-dir", "--template", "--out", "--split"},
+}
+"""A new option belongs in the config unless it says where; then add it here."""
+
+
+def vnaw(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "vnaw_pipeline", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=180)
+
+
+def test_options_are_frozen() -> None:
+    import typer
+
+    group = typer.main.get_command(app)
+    found = {
+        name: {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+    assert found == FROZEN_OPTIONS
+
+
+def test_help_names_every_command_in_pipeline_order() -> None:
+    text = CliRunner().invoke(app, ["--help"]).output
+    places = [text.index(f" {name} ") for name in FROZEN_OPTIONS]
+    assert places == sorted(places)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A work folder in which every command has run."""
+    work = tmp_path_factory.mktemp("work")
+    (work / "config.yaml").write_text(dump_config(tiny_config))
+    tree = ("--annotations", drawn.annotations, "--crops", drawn.crops)
+    steps = [
+        ("manifest", *tree, "--out", work / "m.csv", "--template", drawn.template),
+        ("check", "--manifest", work / "m.csv", *tree, "--template", drawn.template),
+        (
+            *("train", "--manifest", work / "m.csv", "--annotations", drawn.annotations, "--store", drawn_store),
+            *("--run-dir", work / "run", "--config", work / "config.yaml", "--set", "train.tracker=tensorboard"),
+        ),
+        ("predict", "--manifest", work / "m.csv", "--store", drawn_store, "--run-dir", work / "run"),
+        ("predict", "--manifest", work / "m.csv", "--store", drawn_store, "--run-dir", work / "run", "--split", "test"),
+        (
+            *("evaluate", "--manifest", work / "m.csv", "--annotations", drawn.annotations),
+            *("--run-dir", work / "run", "--json", work / "scores.json"),
+        ),
+        ("submit", "--run-dir", work / "run", "--template", drawn.template, "--out", work / "submission.txt"),
+    ]
+    for step in steps:
+        done = vnaw(*step)
+        assert done.returncode == 0, f"{step[0]}: {done.stdout}{done.stderr}"
+    return work
+
+
+def test_a_whole_run_leaves_what_it_says(finished: Path, drawn: DrawnData) -> None:
+    assert (finished / "submission.txt").read_text().count("\n") == drawn.template.read_text().count("\n")
+    assert list((finished / "run").rglob("events.out.tfevents*")), "tensorboard was asked for"
+    assert {path.name for path in (finished / "run").iterdir()} >= {
+        "config.yaml",
+        "record.json",
+        "metrics.jsonl",
+        "checkpoint",
+        "predictions",
+    }
+
+
+WRONG = {
+    "misspelt key": ("train", ["--set", "train.epocs=2"], "unknown key 'train.epocs'"),
+    "no such store": ("train", ["--store", "{tmp}/nowhere"], "There is no feature store at"),
+    "a file as store": ("predict", ["--store", "{tmp}/text.mp4"], "There is no feature store at"),
+    "no such run": ("predict", ["--run-dir", "{tmp}/nowhere"], "is not there"),
+    "another template": ("submit", ["--template", "{va_template}"], "va"),
+    "a manifest that is none": ("train", ["--manifest", "{tmp}/text.mp4"], "text.mp4"),
+    "another config in the folder": ("train", ["--set", "seed=5"], "another config"),
+    "text as video": ("crop", ["{tmp}/text.mp4"], "text.mp4"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG, ids=list(WRONG))
+def test_wrong_input_is_one_message(
+    case: str, finished: Path, drawn: DrawnData, drawn_store: Path, tmp_path: Path
+) -> None:
+    command, changes, words = WRONG[case]
+    (tmp_path / "text.mp4").write_text("not a video\n")
+    va_template = drawn.root / "test_set_examples" / "CVPR_6th_ABAW_VA_test_set_example.txt"
+    options = {
+        "train": {
+            "--manifest": finished / "m.csv",
+            "--annotations": drawn.annotations,
+            "--store": drawn_store,
+            "--run-dir": finished / "run",
+            "--config": finished / "config.yaml",
+        },
+        "predict": {"--manifest": finished / "m.csv", "--store": drawn_store, "--run-dir": finished / "run"},
+        "submit": {"--run-dir": finished / "run", "--template": drawn.template, "--out": tmp_path / "s.txt"},
+        "crop": {"--out": tmp_path / "crops"},
+    }[command]
+    filled = [change.format(tmp=tmp_path, va_template=va_template) for change in changes]
+    arguments = [part for option, value in options.items() if option not in filled for part in (option, value)]
+    done = vnaw(command, *arguments, *filled)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1, said
+    assert "Traceback" not in said
+    status = tmp_path / "crops" / "status.csv"
+    assert words in said + (status.read_text() if status.exists() else "")
+
+
+def test_wrong_usage_is_exit_code_two() -> None:
+    for arguments in (["train"], ["nonsense"], ["train", "--manifest", "/nowhere"], ["predict", "--split", "tset"]):
+        done = vnaw(*arguments)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_one_message_and_the_rerun_goes_on(
+    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands in for a full disk: writes fail with an OSError half-way through."""
+    (tmp_path / "config.yaml").write_text(dump_config(tiny_config))
+    line = [sys.executable, "-m", "vnaw_pipeline", "extract", "--manifest", drawn.manifest_path, "--crops", drawn.crops]
+    line += ["--store", tmp_path / "s", "--config", tmp_path / "config.yaml"]
+
+    def limit() -> None:
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
+
+    full = subprocess.run(
+        list(map(str, line)), capture_output=True, text=True, check=False, preexec_fn=limit, timeout=120
+    )
+    assert full.returncode == 1, full.stderr
+    assert "Cannot read or write" in full.stderr
+    assert "Traceback" not in full.stderr
+    again = vnaw(*line[3:])
+    assert again.returncode == 0, again.stderr
+    assert "0 videos with failures" in again.stdout
+
+
+def test_output_that_cannot_be_written_is_one_message(drawn: DrawnData, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = vnaw(
+        "manifest", "--crops", drawn.crops, "--annotations", drawn.annotations, "--out", tmp_path / "file/m.csv"
+    )
+    assert done.returncode == 1
+    assert "Cannot read or write" in done.stderr
+    assert str(tmp_path / "file") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_check_lists_problems_and_fails(drawn: DrawnData, tmp_path: Path) -> None:
+    table = pd.read_csv(drawn.manifest_path, keep_default_na=False)
+    table.loc[0, "crops"] = "cropped_aligned/nowhere"
+    table.loc[1, "annotation"] = "EXPR_Recognition_Challenge/Train_Set/nowhere.txt"
+    table.to_csv(tmp_path / "m.csv", index=False)
+    tree = ("--annotations", drawn.annotations, "--crops", drawn.crops)
+    done = vnaw("check", "--manifest", tmp_path / "m.csv", *tree)
+    assert done.returncode == 1
+    assert done.stdout.count("error: ") >= 2
+    assert "m.csv:2" in done.stdout
+
+
+def test_main_is_what_the_script_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["vnaw", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 0
+    assert "extract" in capsys.readouterr().out
+    assert os.environ.get("RANK") is None
