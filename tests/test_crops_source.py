@@ -47,6 +47,7 @@ def test_folder_knows_its_last_image_and_ignores_other_files(tmp_path: Path) -> 
         assert crops.num_frames == 100_000
         assert crops.read(0, 4) == [b"first", None, b"third", None]
         assert crops.read(99_999, 100_001) == [b"last", None]
+        assert crops.present(4).tolist() == [True, False, True, False]
         assert crops.read(5, 5) == []
 
 
@@ -84,6 +85,7 @@ def test_any_span_of_a_pack_is_that_span_of_the_list(
     endless = images + [None] * 28
     with open_video_crops(path) as crops:
         assert crops.read(start, start + length) == endless[start : start + length]
+        assert crops.present(start + length).tolist() == [image is not None for image in endless[: start + length]]
 
 
 @pytest.mark.parametrize("layout", ["tree", "pack"])

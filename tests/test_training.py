@@ -345,6 +345,25 @@ def test_runs_of_other_features_tasks_and_widths_are_refused(
         open_run(tmp_path / "nowhere")
 
 
+def test_a_folder_that_is_no_run_is_left_alone(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="not empty and is not a run folder"):
+            train(drawn, drawn_store, tmp_path, tiny_config, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_fp16_without_a_gpu_is_refused(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        train(drawn, drawn_store, tmp_path / "a", changed(tiny_config, "train", precision="fp16"))
+
+
 def test_nothing_to_train_or_validate_on_is_said(
     drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
 ) -> None:

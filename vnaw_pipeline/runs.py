@@ -52,11 +52,13 @@ class RunFolder:
         return self.path / "predictions" / f"{split}_raw.parquet"
 
     def begin(self, config: PipelineConfig, overwrite: bool) -> None:
-        """Make the folder, or go on with one of the same config.
+        """Make the folder, or go on with one of the same config; `overwrite` empties a run folder first.
 
         Raises:
-            CheckpointError: the folder holds a run with another config.
+            CheckpointError: the folder holds a run with another config, or something that is no run.
         """
+        if self.path.exists() and any(self.path.iterdir()) and not self.config.exists():
+            raise CheckpointError(f"{self.path} is not empty and is not a run folder. Give a new folder.")
         if overwrite and self.path.exists():
             shutil.rmtree(self.path)
         resolved = dump_config(config)

@@ -159,7 +159,8 @@ def split_step(units: Tensor, process_index: int, num_processes: int, accumulati
 
 
 def _open_accelerator(optimisation: Optimisation, project_dir: Path) -> Accelerator:
-    process_state()
+    if optimisation.precision == "fp16" and process_state().device.type == "cpu":
+        raise ConfigError("precision fp16 needs a GPU; on a CPU use bf16, or no.")
     # Accelerate keeps the mixed precision of the first run in the process for good; another run may want another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
