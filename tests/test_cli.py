@@ -1,6 +1,5 @@
 """The commands as a user gives them: whole runs, frozen options, and wrong input that ends in one message."""
 
-import os
 import resource
 import subprocess
 import sys
@@ -42,7 +41,7 @@ FROZEN_OPTIONS = {
     },
     "extract": {"--manifest", "--crops", "--store", "--config", "--set", "--allow-pickle"},
     "train": {"--manifest", "--annotations", "--store", "--run-dir", "--config", "--set", "--fold", "--overwrite"},
-    "predict": {"--manifest", "--store", "--run-dir", "--split"},
+    "predict": {"--manifest", "--store", "--run-dir", "--split", "--set"},
     "evaluate": {"--manifest", "--annotations", "--run-dir", "--split", "--json"},
     "submit": {"--run-dir", "--template", "--out", "--split"},
 }
@@ -117,8 +116,8 @@ WRONG = {
     "no such store": ("train", ["--store", "{tmp}/nowhere"], "There is no feature store at"),
     "a file as store": ("predict", ["--store", "{tmp}/text.mp4"], "There is no feature store at"),
     "no such run": ("predict", ["--run-dir", "{tmp}/nowhere"], "is not there"),
-    "another template": ("submit", ["--template", "{va_template}"], "va"),
-    "a manifest that is none": ("train", ["--manifest", "{tmp}/text.mp4"], "text.mp4"),
+    "another template": ("submit", ["--template", "{va_template}"], "template of task va"),
+    "a manifest that is none": ("train", ["--manifest", "{tmp}/text.mp4"], "the header is"),
     "another config in the folder": ("train", ["--set", "seed=5"], "another config"),
     "text as video": ("crop", ["{tmp}/text.mp4"], "text.mp4"),
 }
@@ -214,4 +213,3 @@ def test_main_is_what_the_script_runs(capsys: pytest.CaptureFixture[str], monkey
         main()
     assert caught.value.code == 0
     assert "extract" in capsys.readouterr().out
-    assert os.environ.get("RANK") is None

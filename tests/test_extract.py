@@ -1,7 +1,6 @@
 """Extraction: the numbers are the encoder's, the bytes do not depend on how they were made, faults are rows."""
 
 import hashlib
-import os
 import shutil
 import signal
 import subprocess
@@ -99,21 +98,26 @@ def test_unreadable_crops_are_rows_and_are_tried_again(
     row = drawn.manifest.iloc[[0]]
     crops = tmp_path / "crops" / row.crops.iloc[0]
     shutil.copytree(drawn.crops / row.crops.iloc[0], crops)
-    images = sorted(crops.glob("*.jpg"))[:4]
+    images = sorted(crops.glob("*.jpg"))[:5]
     whole = images[0].read_bytes()
     images[0].write_bytes(whole[: len(whole) // 2])
     images[1].write_bytes(b"")
     images[2].write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 50)
     images[3].write_bytes(b"this is text")
+    images[4].unlink()
+    images[4].mkdir()
     for attempt in range(2):
         report = extract_features(row, tmp_path / "crops", tmp_path / "s", tiny_config)
         assert not report.ok
         status = pd.read_csv(tmp_path / "s" / "status.csv")
         assert status.frame_index.tolist() == [int(image.stem) - 1 for image in images], f"attempt {attempt}"
-        for reason, words in zip(status.reason, ("cut off", "empty", "PNG", "not a JPEG"), strict=True):
+        for reason, words in zip(
+            status.reason, ("cut off", "empty", "PNG", "not a JPEG", "Is a directory"), strict=True
+        ):
             assert words in reason
         valid = open_store(tmp_path / "s").valid(row.video_id.iloc[0])
         assert not valid[status.frame_index].any()
+    images[4].rmdir()
     for image in images:
         image.write_bytes(whole)
     mended = extract_features(row, tmp_path / "crops", tmp_path / "s", tiny_config)
@@ -122,12 +126,20 @@ def test_unreadable_crops_are_rows_and_are_tried_again(
 
 
 def test_a_video_without_crops_fails_alone(drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path) -> None:
-    rows = drawn.manifest.iloc[:2].copy()
-    rows.loc[rows.index[0], "crops"] = "cropped_aligned/nowhere"
-    report = extract_features(rows, drawn.crops, tmp_path / "s", tiny_config)
-    assert [failure.video_id for failure in report.failures] == [rows.video_id.iloc[0]]
-    assert report.done == 1
-    assert open_store(tmp_path / "s").missing_units(rows.video_id.iloc[1]) == []
+    """Its frames are not valid, so that the others can be used; it is a row in each run until it has crops."""
+    rows = drawn.manifest.iloc[:3].copy()
+    config = tiny_config.model_copy(update={"extract": tiny_config.extract.model_copy(update={"crop_set": "x"})})
+    for crops, words in (("cropped_aligned/nowhere", "No crops at"), ("", "names no crops")):
+        rows.loc[rows.index[0], "crops"] = crops
+        report = extract_features(rows, drawn.crops, tmp_path / "s", config)
+        assert [(failure.video_id, failure.frame_index) for failure in report.failures] == [(rows.video_id[0], None)]
+        assert words in report.failures[0].reason
+        store = open_store(tmp_path / "s")
+        assert not store.valid(rows.video_id[0]).any()
+        assert store.valid(rows.video_id[1]).any()
+    mended = extract_features(drawn.manifest.iloc[:3], drawn.crops, tmp_path / "s", config)
+    assert (mended.ok, mended.done, mended.skipped) == (True, 1, 2)
+    assert open_store(tmp_path / "s").valid(rows.video_id[0]).any()
 
 
 def test_other_weights_or_settings_are_refused(
@@ -136,7 +148,7 @@ def test_other_weights_or_settings_are_refused(
     for change, words in (
         ({"seed": 1}, "weights: found"),
         ({"encoder": tiny_config.encoder.model_copy(update={"mean": (0.5, 0.5, 0.5)})}, "mean: found"),
-        ({"extract": tiny_config.extract.model_copy(update={"crop_set": "other"})}, "crops: found 'unnamed'"),
+        ({"extract": tiny_config.extract.model_copy(update={"crop_set": "other"})}, "crops: found 'cropped_aligned'"),
         ({"extract": tiny_config.extract.model_copy(update={"precision": "bf16"})}, "precision: found 'fp32'"),
     ):
         with pytest.raises(StoreError, match=words):
@@ -170,14 +182,16 @@ def test_launched_processes_write_the_same_bytes(
     assert store_digest(tmp_path / "s") == store_digest(drawn_store)
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.1])
 def test_a_killed_extraction_goes_on(
-    drawn: DrawnData, tiny_config: PipelineConfig, drawn_store: Path, tmp_path: Path
+    seconds: float, drawn: DrawnData, tiny_config: PipelineConfig, drawn_store: Path, tmp_path: Path
 ) -> None:
     process = subprocess.Popen([sys.executable, *command(drawn, tiny_config, tmp_path / "s", tmp_path)])
-    while not any((tmp_path / "s" / "plain").rglob("c/*/0")) and process.poll() is None:
+    while not (tmp_path / "s" / "valid").exists() and process.poll() is None:
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    time.sleep(seconds)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run must not have ended before the kill"
     assert extract_features(drawn.manifest, drawn.crops, tmp_path / "s", tiny_config).ok
     assert store_digest(tmp_path / "s") == store_digest(drawn_store)
 
@@ -220,6 +234,31 @@ def test_weights_files_are_checked(tiny_config: PipelineConfig, tmp_path: Path) 
         load(tmp_path / "bare.safetensors", model_args={**config.model_args, "embed_dim": 16})
 
 
+def test_weights_for_another_normalisation_are_refused(tiny_config: PipelineConfig, tmp_path: Path) -> None:
+    config = tiny_config.encoder
+    state = timm.create_model(config.name, num_classes=0, **config.model_args).state_dict()
+    header = {"encoder": config.name, "model_args": config.model_args, "mean": [0.5, 0.5, 0.5]}
+    save_tensors(tmp_path / "w.safetensors", state, header)
+    with pytest.raises(CheckpointError, match=r"mean: found \[0.5"):
+        load_encoder(config.model_copy(update={"weights": tmp_path / "w.safetensors"}))
+    asked = config.model_copy(update={"weights": tmp_path / "w.safetensors", "mean": (0.5, 0.5, 0.5)})
+    assert load_encoder(asked).preprocessing.mean == (0.5, 0.5, 0.5)
+
+
+def test_embeddings_that_float16_cannot_hold_are_an_error(
+    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    config = tiny_config.encoder
+    state = timm.create_model(config.name, num_classes=0, **config.model_args).state_dict()
+    state = {name: value * 1e6 if name.startswith("norm.") else value for name, value in state.items()}
+    save_tensors(tmp_path / "w.safetensors", state, {})
+    encoder = config.model_copy(update={"weights": tmp_path / "w.safetensors"})
+    with pytest.raises(StoreError, match="float16 cannot hold"):
+        extract_features(
+            drawn.manifest, drawn.crops, tmp_path / "s", tiny_config.model_copy(update={"encoder": encoder})
+        )
+
+
 def test_an_untrained_encoder_says_so(tiny_config: PipelineConfig, caplog: pytest.LogCaptureFixture) -> None:
     load_encoder(tiny_config.encoder)
     assert "UNTRAINED" in caplog.text
@@ -228,8 +267,9 @@ def test_an_untrained_encoder_says_so(tiny_config: PipelineConfig, caplog: pytes
 def test_unknown_encoders_and_missing_downloads_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="not a timm model"):
         load_encoder(EncoderConfig(name="swin_tinny", weights="untrained"))
-    with pytest.raises(ConfigError, match="do not fit"):
-        load_encoder(EncoderConfig(weights="untrained", model_args={"no_such_argument": 1}))
+    for wrong in ({"no_such_argument": 1}, {"depths": [2]}, {"num_heads": [5, 5, 5, 5]}):
+        with pytest.raises(ConfigError, match=r"model_args .* (do not fit|cannot take)|cannot take images"):
+            load_encoder(EncoderConfig(weights="untrained", model_args=wrong))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="could not be downloaded"):
         load_encoder(EncoderConfig(weights="pretrained"))

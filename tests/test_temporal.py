@@ -37,6 +37,16 @@ def test_an_invalid_frame_is_seen_by_no_other() -> None:
     torch.testing.assert_close(model(frames, valid)[0, others], model(changed, valid)[0, others])
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_inference_gives_what_training_mode_gives(heads: int) -> None:
+    """torch runs another, fused path without gradients; it must treat invalid frames alike."""
+    model = model_of(heads=heads, dropout=0.0)
+    frames, valid = torch.randn(3, 9, 6), torch.rand(3, 9) < 0.6
+    with torch.inference_mode():
+        fused = model(frames, valid)
+    torch.testing.assert_close(fused, model(frames, valid), rtol=1e-4, atol=1e-5)
+
+
 def test_causal_frames_do_not_see_the_future() -> None:
     frames, valid = torch.randn(1, 9, 6), torch.ones(1, 9, dtype=torch.bool)
     changed = frames.clone()

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,13 +18,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vnaw_pipeline.checkpoints import load_tensors, save_tensors
-from vnaw_pipeline.config import PipelineConfig, dump_config, load_config
+from vnaw_pipeline.config import PipelineConfig, PredictConfig, dump_config, load_config
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError, StoreError
 from vnaw_pipeline.features.encoder import load_encoder
 from vnaw_pipeline.features.store import create_store, open_store
+from vnaw_pipeline.manifests import build_manifest
 from vnaw_pipeline.prediction.evaluate import evaluate_predictions
 from vnaw_pipeline.prediction.predict import predict_videos
 from vnaw_pipeline.runs import RunFolder, open_run
+from vnaw_pipeline.tasks import TASKS
 from vnaw_pipeline.training.frames import finetune_encoder
 from vnaw_pipeline.training.loop import Optimisation, Recipe, fit, learning_rate_share, split_step
 from vnaw_pipeline.training.windows import train_windows
@@ -53,7 +55,7 @@ def optimisation(epochs: int, **changes: object) -> Optimisation:
         "weight_decay": 0.0,
         "warmup_share": 0.0,
         "max_grad_norm": None,
-        "precision": "no",
+        "precision": "fp32",
         "tracker": None,
         "seed": 0,
     }
@@ -154,9 +156,10 @@ def test_same_seed_same_losses_other_seed_other(
     train(drawn, drawn_store, tmp_path / "a", tiny_config)
     train(drawn, drawn_store, tmp_path / "b", tiny_config)
     other = tiny_config.model_copy(update={"seed": 1})
-    with pytest.raises(CheckpointError, match="seed: 1"):
+    with pytest.raises(CheckpointError, match="seed: found 0, wanted 1"):
         train(drawn, drawn_store, tmp_path / "b", other)
-    train(drawn, drawn_store, tmp_path / "b2", changed(tiny_config, "train", accumulation=2))
+    train(drawn, drawn_store, tmp_path / "other", other)
+    assert losses(tmp_path / "other") != losses(tmp_path / "a")
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     record = json.loads((tmp_path / "a" / "record.json").read_text())
     assert record["features"] == open_store(drawn_store).fingerprint
@@ -267,7 +270,7 @@ def test_accumulation_and_processes_change_nothing(
 def test_a_killed_training_goes_on_with_the_same_losses(
     drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
 ) -> None:
-    config = changed(tiny_config, "train", epochs=12)
+    config = changed(tiny_config, "train", epochs=40)
     config_path = tmp_path / "config.yaml"
     config_path.write_text(dump_config(config))
     train(drawn, drawn_store, tmp_path / "whole", config)
@@ -283,18 +286,68 @@ def test_a_killed_training_goes_on_with_the_same_losses(
     metrics = tmp_path / "killed" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and len(losses(tmp_path / "killed")) >= 3):
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run must not have ended before the kill"
     finished = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
-def test_predictions_have_a_row_for_every_frame_and_score_as_training_said(
+def test_a_fold_is_predicted_and_scored_with_its_own_splits(
     drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
 ) -> None:
+    folded = build_manifest(drawn.annotations, drawn.crops, TASKS["expr8"], template=drawn.template, folds=2)
+    train_windows(folded, drawn.annotations, drawn_store, tmp_path / "a", tiny_config, fold=1)
+    predict_videos(folded, drawn_store, tmp_path / "a", "validation")
+    run = open_run(tmp_path / "a")
+    rows = run.split_videos(folded)
+    predictions = pd.read_parquet(run.folder.predictions("validation"))
+    assert set(predictions.video_id) == set(folded.video_id[folded.fold.str.split().map(lambda of: "1" in of)])
+    scores = evaluate_predictions(rows, drawn.annotations, run.folder.predictions("validation"))
+    assert scores.macro_f1 == pytest.approx(run.header["macro_f1"], abs=1e-9)
+    with pytest.raises(CheckpointError, match="belongs to another run"):
+        train_windows(folded, drawn.annotations, drawn_store, tmp_path / "a", tiny_config, fold=0)
+
+
+def test_smoothing_can_be_chosen_after_training(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    train(drawn, drawn_store, tmp_path / "a", tiny_config)
+    tables = []
+    for half_width in (0, 5):
+        config = PredictConfig(smooth_half_width=half_width)
+        predict_videos(drawn.manifest, drawn_store, tmp_path / "a", "validation", config)
+        tables.append(pd.read_parquet(tmp_path / "a" / "predictions" / "validation.parquet").filter(like="p_"))
+    assert tables[1].diff().abs().mean().mean() < tables[0].diff().abs().mean().mean()
+
+
+def test_what_the_stage_does_not_read_may_change_in_a_run_folder(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    train(drawn, drawn_store, tmp_path / "a", tiny_config)
+    train(drawn, drawn_store, tmp_path / "a", changed(tiny_config, "extract", batch_frames=99))
+
+
+def test_a_full_disk_in_training_is_an_os_error(tmp_path: Path) -> None:
+    """safetensors reports a failed write as its own error; the command line knows OSError."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"w\.safetensors"):
+            save_tensors(tmp_path / "w.safetensors", {"w": torch.zeros(10_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_predictions_have_a_row_for_every_frame_and_score_as_training_said(
+    precision: str, drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
     run = tmp_path / "a"
-    train(drawn, drawn_store, run, changed(tiny_config, "train", epochs=4))
+    train(drawn, drawn_store, run, changed(tiny_config, "train", epochs=4, precision=precision))
     for split in ("train", "validation", "test"):
         predict_videos(drawn.manifest, drawn_store, run, split)
     for split in ("train", "validation", "test"):
@@ -405,6 +458,18 @@ def test_finetuning_writes_an_encoder_that_extraction_loads(
         assert torch.equal(value, weights[name])
     with pytest.raises(CheckpointError, match="not the checkpoint of a temporal model"):
         open_run(run)
+
+
+def test_finetuning_goes_on_without_a_video_that_has_no_crops_and_refuses_other_labels(
+    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    rows = drawn.manifest.copy()
+    rows.loc[0, "crops"] = ""
+    report = finetune_encoder(rows, drawn.annotations, drawn.crops, tmp_path / "ft", tiny_config)
+    assert [failure.video_id for failure in report.failures] == [rows.video_id[0]]
+    assert len(losses(tmp_path / "ft")) == 2
+    with pytest.raises(CheckpointError, match="labels: found"):
+        finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, tmp_path / "ft", tiny_config)
 
 
 def test_finetuning_names_crops_it_cannot_read(drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path) -> None:

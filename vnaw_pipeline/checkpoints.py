@@ -1,5 +1,6 @@
 """Checkpoints: tensors and a JSON header in one safetensors file, written whole. No pickle is read unless asked for."""
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,12 @@ _HEADER = "vnaw"
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and what describes them as one file: the old one or the new one is there, never a part."""
     with atomic_path(path) as partial:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, partial, {_HEADER: json.dumps(header)})
+        try:
+            save_file(
+                {key: value.contiguous() for key, value in tensors.items()}, partial, {_HEADER: json.dumps(header)}
+            )
+        except SafetensorError as error:  # its word for any failed write, such as a full disk
+            raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def load_tensors(path: Path, allow_pickle: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:

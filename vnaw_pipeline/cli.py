@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vnaw_pipeline.errors import PipelineError
+from vnaw_pipeline.errors import ConfigError, PipelineError
 
 if TYPE_CHECKING:
     from vnaw_pipeline.checks import Problem
@@ -36,6 +36,7 @@ Overrides = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start afresh instead of going on.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read encoder.weights from a .pth file.")]
+Split = Literal["train", "validation", "test"]
 TaskOption = Annotated[Literal["expr8", "coarse5", "negative4", "va", "au"], typer.Option(help="Label space.")]
 
 
@@ -49,6 +50,7 @@ def demo(
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.demo import DEMO_CONFIG, run_demo
 
+    _only_alone("demo")
     run_demo(work_dir, load_config(config or DEMO_CONFIG, overrides), typer.echo)
 
 
@@ -122,6 +124,7 @@ def crop(
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.crops.extract import extract_crops
 
+    _only_alone("crop")
     _finish(extract_crops(videos, out, load_config(config, overrides).crop, overwrite))
 
 
@@ -186,12 +189,16 @@ def predict(
     manifest: Manifest,
     store: Store,
     run: Run,
-    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Split to predict.")] = "validation",
+    split: Annotated[Split, typer.Option(help="Split to predict.")] = "validation",
+    overrides: Overrides = None,
 ) -> None:
     """Write one row per frame of every video of a split into the run folder."""
+    from vnaw_pipeline.config import load_config
     from vnaw_pipeline.prediction.predict import predict_videos
+    from vnaw_pipeline.runs import RunFolder
 
-    _finish(predict_videos(manifest, store, run, split))
+    config = load_config(RunFolder(run).config, overrides).predict if overrides else None
+    _finish(predict_videos(manifest, store, run, split, config))
 
 
 @app.command()
@@ -199,16 +206,18 @@ def evaluate(
     manifest: Manifest,
     annotations: Annotations,
     run: Run,
-    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Split to score.")] = "validation",
+    split: Annotated[Split, typer.Option(help="Split to score.")] = "validation",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.", dir_okay=False)] = None,
 ) -> None:
     """Score a run's predictions over every labelled frame; macro-F1 and F1 per class."""
+    from vnaw_pipeline.manifests import read_manifest
     from vnaw_pipeline.prediction.evaluate import evaluate_predictions, format_scores, scores_as_json
     from vnaw_pipeline.provenance import write_json
     from vnaw_pipeline.runs import open_run
 
     opened = open_run(run)
-    scores = evaluate_predictions(manifest, annotations, opened.folder.predictions(split), opened.config.task, split)
+    videos = opened.split_videos(read_manifest(manifest))
+    scores = evaluate_predictions(videos, annotations, opened.folder.predictions(split), opened.config.task, split)
     typer.echo(format_scores(scores, opened.task))
     if json_file is not None:
         write_json(json_file, scores_as_json(scores, opened.task))
@@ -219,7 +228,7 @@ def submit(
     run: Run,
     template: Annotated[Path, typer.Option(help="The challenge's template.", exists=True, dir_okay=False)],
     out: Annotated[Path, typer.Option(help="Submission to write.", dir_okay=False)],
-    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Split that was predicted.")] = "test",
+    split: Annotated[Split, typer.Option(help="Split that was predicted.")] = "test",
 ) -> None:
     """Write a challenge submission: every line of the template answered, in its order."""
     from vnaw_pipeline.prediction.predict import read_predictions
@@ -237,7 +246,17 @@ def _print_problems(problems: "list[Problem]") -> None:
         typer.echo(str(problem))
 
 
+def _only_alone(command: str) -> None:
+    """Refuse several processes where a command would do everything in each of them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"vnaw {command} runs in one process; start it without a launcher.")
+
+
 def _finish(report: "StageReport") -> None:
+    if "torch" in sys.modules:
+        from vnaw_pipeline.processes import leave_processes
+
+        leave_processes()
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
         for note in report.notes:
             typer.echo(note)
@@ -267,8 +286,3 @@ def main() -> None:
             err=True,
         )
         sys.exit(1)
-    finally:
-        if "torch" in sys.modules:
-            from vnaw_pipeline.processes import leave_processes
-
-            leave_processes()

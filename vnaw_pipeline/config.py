@@ -93,7 +93,7 @@ class FinetuneConfig(_Section):
     """Mirror, turn, scale, shift and relight each training image a little."""
     validation_frames: int = Field(default=5_000, gt=0)
     """Evenly spaced labelled validation frames that score each epoch."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Accelerate's mixed precision."""
 
 
@@ -191,7 +191,7 @@ class TrainConfig(_Section):
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of all steps in which the learning rate rises linearly; then cosine to zero."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Accelerate's mixed precision."""
     tracker: Literal["tensorboard"] | None = None
     """Experiment tracker; metrics.jsonl is written in any case."""

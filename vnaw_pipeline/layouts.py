@@ -4,6 +4,7 @@ Folders are searched to a bounded depth with scandir, and the millions of images
 where their numbers are needed.
 """
 
+import json
 import os
 import re
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vnaw_pipeline.annotations import frame_index_of
+from vnaw_pipeline.crops.source import RECORD_NAME
 from vnaw_pipeline.errors import DataError, listing
 from vnaw_pipeline.tasks import SPLIT_DIRS, Task
 from vnaw_pipeline.textlines import located, read_lines
@@ -96,6 +98,29 @@ def crop_set_of(path: str) -> str:
     another to the set `cropped_aligned`; '' for crops that lie in the root itself."""
     parents = path.split("/")[:-1]
     return "/".join(part.removesuffix("_new_50_vids") for part in parents if not _BATCH.fullmatch(part))
+
+
+def crop_set_name(crops_root: Path, crops: Iterable[str]) -> str:
+    """What tells these crops from others of the same videos: the name `vnaw crop` gave them, or their folders' names.
+
+    `crops` are paths of folders or packs below the root; '' stands for a video without any.
+
+    Raises:
+        DataError: the folder's `crops.json` is not readable.
+    """
+    sets = {path: crop_set_of(path) for path in crops if path}
+    folders = {crops_root} | {(crops_root / path).parent for path in sets}
+    records = sorted(path for folder in folders if (path := folder / RECORD_NAME).is_file())
+    if not records:
+        return "+".join(sorted({name or "crops" for name in sets.values()}))
+    return "+".join(sorted({_recorded_name(path) for path in records}))
+
+
+def _recorded_name(record_path: Path) -> str:
+    try:
+        return str(json.loads(record_path.read_text(encoding="utf-8"))["crop_set"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{record_path} is not a record of crops: no readable 'crop_set' in it ({error}).") from error
 
 
 def choose_crops(found: dict[str, list[str]], video_ids: Iterable[str]) -> dict[str, str]:

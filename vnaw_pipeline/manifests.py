@@ -124,13 +124,16 @@ def scan_manifest(path: Path) -> tuple[pd.DataFrame, list[LineProblem]]:
     rows: list[dict[str, str]] = []
     numbers: list[int] = []
     reader = csv.reader(lines[1:])
-    for fields in reader:
-        if len(fields) == len(header):
-            rows.append(dict(zip(header, (field.strip() for field in fields), strict=True)))
-            numbers.append(reader.line_num + 1)
-        elif fields:
-            message = f"{len(fields)} columns; expected {len(header)}"
-            problems.append(LineProblem(reader.line_num + 1, message))
+    try:
+        for fields in reader:
+            if len(fields) == len(header):
+                rows.append(dict(zip(header, (field.strip() for field in fields), strict=True)))
+                numbers.append(reader.line_num + 1)
+            elif fields:
+                message = f"{len(fields)} columns; expected {len(header)}"
+                problems.append(LineProblem(reader.line_num + 1, message))
+    except csv.Error as error:
+        problems.append(LineProblem(reader.line_num + 1, f"not readable as CSV from here on: {error}"))
     if lines and not rows and not problems:
         problems.append(LineProblem(None, "there is a header but no video"))
     problems += row_problems(rows, numbers)

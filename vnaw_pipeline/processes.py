@@ -1,13 +1,19 @@
 """One process or many: the same code runs alone, under `torchrun`, and under `accelerate launch`."""
 
 import os
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from vnaw_pipeline.stages import usable_cores
+
 Item = TypeVar("Item")
+
+_PATIENCE = timedelta(days=2)
+"""How long a process waits for the others: the last chunk of one may take much longer than that of another."""
 
 
 def process_state() -> PartialState:
@@ -15,7 +21,7 @@ def process_state() -> PartialState:
 
     Without a GPU it is told so, since it otherwise takes several CPU processes for separate runs.
     """
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
 
 def leave_processes() -> None:
@@ -32,7 +38,7 @@ def gather_all(items: list[Item]) -> list[Item]:
 
 def cpu_share() -> int:
     """How many CPU cores this process may use, when those of one machine share them evenly; at least 1."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:

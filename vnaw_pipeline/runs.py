@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from pydantic import ValidationError
 from torch import nn
 
 from vnaw_pipeline.checkpoints import load_tensors
-from vnaw_pipeline.config import PipelineConfig, dump_config
+from vnaw_pipeline.config import PipelineConfig, dump_config, load_config
 from vnaw_pipeline.errors import CheckpointError
 from vnaw_pipeline.features.store import FeatureStore
+from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.provenance import differences, environment, utc_now, write_json, write_text
 from vnaw_pipeline.tasks import TASKS, Task
 from vnaw_pipeline.temporal import TemporalModel
@@ -51,25 +54,33 @@ class RunFolder:
         """The same as the model gave it."""
         return self.path / "predictions" / f"{split}_raw.parquet"
 
-    def begin(self, config: PipelineConfig, overwrite: bool) -> None:
-        """Make the folder, or go on with one of the same config; `overwrite` empties a run folder first.
+    def begin(self, config: PipelineConfig, sections: set[str], overwrite: bool) -> None:
+        """Make the folder, or go on with one whose config is the same in the `sections` that the stage reads.
+
+        `overwrite` empties a run folder first. Partial files that a killed process left are removed.
 
         Raises:
             CheckpointError: the folder holds a run with another config, or something that is no run.
         """
-        if self.path.exists() and any(self.path.iterdir()) and not self.config.exists():
+        visible = [entry for entry in self.path.iterdir() if entry.name[0] != "."] if self.path.exists() else []
+        if visible and not self.config.exists():
             raise CheckpointError(f"{self.path} is not empty and is not a run folder. Give a new folder.")
         if overwrite and self.path.exists():
-            shutil.rmtree(self.path)
-        resolved = dump_config(config)
-        if self.config.exists() and self.config.read_text(encoding="utf-8") != resolved:
-            found, wanted = self.config.read_text(encoding="utf-8").splitlines(), resolved.splitlines()
-            changed = [line.strip() for line in wanted if line not in found]
-            raise CheckpointError(
-                f"{self.path} holds a run with another config (now: {'; '.join(changed[:5])}). "
-                "Give a new run folder, or --overwrite to start this one afresh."
-            )
-        write_text(self.config, resolved)
+            # Under a hidden name first: a kill half-way through must not leave half a run.
+            doomed = self.path.with_name(f".{self.path.name}.removed")
+            self.path.rename(doomed)
+            shutil.rmtree(doomed)
+        for partial in self.path.rglob(".*.partial.*"):
+            partial.unlink(missing_ok=True)
+        if self.config.exists():
+            found = load_config(self.config).model_dump(mode="json", include=sections)
+            if changed := differences(_flat(found), _flat(config.model_dump(mode="json", include=sections))):
+                raise CheckpointError(
+                    f"{self.path} holds a run with another config: {'; '.join(changed[:5])}. "
+                    "Give a new run folder, or --overwrite to start this one afresh."
+                )
+        else:
+            write_text(self.config, dump_config(config))
 
     def epochs_done(self) -> int:
         """Finished epochs, by `metrics.jsonl`."""
@@ -94,6 +105,11 @@ class Run:
     model: nn.Module
     header: dict[str, Any]
 
+    def split_videos(self, videos: pd.DataFrame) -> pd.DataFrame:
+        """The manifest with the splits that this run was trained with: those of its fold, if it had one."""
+        fold = self.header["fold"]
+        return videos if fold is None else fold_split(videos, fold)
+
     def require_features(self, store: FeatureStore) -> None:
         """Raise CheckpointError unless the store was made as the one that the run was trained on."""
         if unlike := differences(store.fingerprint, self.header["features"]):
@@ -101,6 +117,14 @@ class Run:
                 f"{self.folder.path} was trained on other features than {store.path} holds: {'; '.join(unlike)}. "
                 "Extract with the config of the run, or train on this store."
             )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one table of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def open_run(path: str | Path) -> Run:
@@ -113,9 +137,12 @@ def open_run(path: str | Path) -> Run:
     tensors, header = load_tensors(folder.best)
     if header.get("kind") != "temporal":
         raise CheckpointError(f"{folder.best} is not the checkpoint of a temporal model ({header.get('kind')!r}).")
-    config = PipelineConfig.model_validate(header["config"])
-    task = TASKS[config.task]
-    model = TemporalModel(header["embedding_dim"], len(task.outputs), config.temporal)
+    try:
+        config = PipelineConfig.model_validate(header["config"])
+        task = TASKS[config.task]
+        model = TemporalModel(header["embedding_dim"], len(task.outputs), config.temporal)
+    except (ValidationError, KeyError) as error:
+        raise CheckpointError(f"{folder.best} was not written by this version of the program: {error}") from error
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

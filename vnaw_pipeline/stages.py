@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,11 @@ from rich.progress import (
 from rich.text import Text
 
 from vnaw_pipeline.provenance import write_text
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use, at least 1."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@
 folder or an .onnx file; nothing is ever downloaded.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from vnaw_pipeline.config import CropConfig
 from vnaw_pipeline.crops.video import Rgb
 from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.provenance import digest_bytes
+from vnaw_pipeline.stages import usable_cores
 
 _MAX_THREADS = 4
 """The networks are small: more threads than this wait for each other."""
@@ -147,7 +147,7 @@ def _insightface_model(path: Path) -> Any:
 
 def _session_options(onnxruntime: Any) -> Any:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    options.intra_op_num_threads = min(_MAX_THREADS, usable_cores())
     options.log_severity_level = _ERRORS_ONLY
     return options
 

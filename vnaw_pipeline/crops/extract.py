@@ -61,23 +61,25 @@ def extract_crops(videos: Sequence[Path], out_dir: Path, config: CropConfig, ove
             report.skipped += 1
             report.notes.extend(_notes(path.stem, earlier, "done earlier, "))
     num_faces = 0
-    with progress_bar("crop", _total_frames(pending)) as bar:
-        for path in pending:
-            try:
-                written = _crop_video(path, out_dir, detector, config, settings, lambda: bar.advance(1))
-            except DataError as error:
-                report.failures.append(Failure(path.stem, None, str(error)))
-                continue
-            report.done += 1
-            report.frames += written.num_frames
-            num_faces += written.num_faces
-            report.notes.extend(_notes(path.stem, written, ""))
-            if written.loss is not None:
-                report.failures.append(Failure(path.stem, None, written.loss))
+    try:
+        with progress_bar("crop", _total_frames(pending)) as bar:
+            for path in pending:
+                try:
+                    written = _crop_video(path, out_dir, detector, config, settings, lambda: bar.advance(1))
+                except DataError as error:
+                    report.failures.append(Failure(path.stem, None, str(error)))
+                    continue
+                report.done += 1
+                report.frames += written.num_frames
+                num_faces += written.num_faces
+                report.notes.extend(_notes(path.stem, written, ""))
+                if written.loss is not None:
+                    report.failures.append(Failure(path.stem, None, written.loss))
+    finally:  # also when the disk is full or the run is stopped: what failed so far stays known
+        report.write_status(out_dir / "status.csv")
     if report.frames:
         report.notes.append(f"a face in {num_faces} of {report.frames} frames")
     report.seconds = time.monotonic() - started
-    report.write_status(out_dir / "status.csv")
     return report
 
 
@@ -154,6 +156,8 @@ def _claim(out_dir: Path, settings: dict[str, Any]) -> None:
             found = json.loads(record_path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise DataError(f"{record_path} is not readable as JSON ({error}). Crop into another folder.") from error
+        if not isinstance(found, dict):
+            raise DataError(f"{record_path} is not a record of crops. Crop into another folder.")
         changed = [line for line in differences(found, settings) if not line.startswith("crop_set:")]
         if changed:
             raise DataError(

@@ -66,7 +66,7 @@ def find_tree(out_dir: Path, video_id: str) -> Written | None:
     if not table_path.is_file():
         return None
     with table_path.open(newline="", encoding="utf-8") as table:
-        valid = [row["valid"] == "1" for row in csv.DictReader(table)]
+        valid = [row.get("valid") == "1" for row in csv.DictReader(table)]
     if any(valid) and not (out_dir / video_id).is_dir():
         return None
     loss_path = _loss_path(table_path)

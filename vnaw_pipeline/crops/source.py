@@ -7,7 +7,6 @@ x0, y0, x1, y1 and `landmarks` (T, 5, 2) float32 in pixels of the video, `score`
 face; `time_s` (T,) float64; `valid` (T,) bool.
 """
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -134,21 +133,6 @@ class CropPack:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def crop_set_name(crops_root: Path) -> str:
-    """The name that `vnaw crop` gave the crops in a folder; 'unnamed' if they come from elsewhere.
-
-    Raises:
-        DataError: the folder's `crops.json` is not readable.
-    """
-    record_path = crops_root / RECORD_NAME
-    if not record_path.is_file():
-        return "unnamed"
-    try:
-        return str(json.loads(record_path.read_text(encoding="utf-8"))["crop_set"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{record_path} is not a record of crops: no readable 'crop_set' in it ({error}).") from error
 
 
 def decode_crop(jpeg: bytes) -> Rgb:

@@ -89,7 +89,12 @@ class VideoReader:
                 matrix = _display_matrix(decoded)
             time_s = math.nan if decoded.time is None else float(decoded.time)
             self._end_s = time_s
-            rgb = upright(cast(Rgb, decoded.to_ndarray(format="rgb24")), matrix)
+            try:
+                stored = cast(Rgb, decoded.to_ndarray(format="rgb24"))
+            except av.error.FFmpegError as error:
+                self._errors.append(_describe(error))
+                continue
+            rgb = upright(stored, matrix)
             yield Frame(self.decoded_frames, time_s, rgb)
             self.decoded_frames += 1
         if not self.decoded_frames:

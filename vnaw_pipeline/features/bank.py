@@ -38,11 +38,6 @@ class FeatureBank:
         """Row of zeros, never valid."""
         return self.embeddings.shape[0] - 1
 
-    def rows_of(self, video_id: str) -> slice:
-        """The rows of one video."""
-        video = self.video_ids.index(video_id)
-        return slice(int(self.first[video]), int(self.first[video + 1]))
-
     def to(self, device: torch.device) -> "FeatureBank":
         """The bank on another device (itself if it is there)."""
         return FeatureBank(self.video_ids, self.embeddings.to(device), self.valid.to(device), self.first.to(device))

@@ -85,7 +85,7 @@ def create_model(config: EncoderConfig, num_classes: int, seed: int = 0) -> nn.M
     Raises:
         ConfigError: timm does not know the name or an argument, or its weights cannot be had.
     """
-    if config.name not in timm.list_models():
+    if not timm.is_model(config.name):
         close = timm.list_models(f"*{config.name.split('_')[0]}*")[:8]
         raise ConfigError(f"encoder.name {config.name!r} is not a timm model. Similar: {', '.join(close) or 'none'}.")
     pretrained = config.weights == "pretrained"
@@ -95,11 +95,12 @@ def create_model(config: EncoderConfig, num_classes: int, seed: int = 0) -> nn.M
             model: nn.Module = timm.create_model(
                 config.name, pretrained=pretrained, num_classes=num_classes, **config.model_args
             )
-        except TypeError as error:
-            raise ConfigError(f"encoder.model_args {config.model_args} do not fit {config.name}: {error}") from error
         except Exception as error:
-            if not pretrained:
-                raise
+            if not pretrained or isinstance(error, TypeError | IndexError | AssertionError):
+                fault = f"{type(error).__name__}: {error}"
+                raise ConfigError(
+                    f"encoder.model_args {config.model_args} do not fit {config.name} ({fault})."
+                ) from error
             raise ConfigError(
                 f"The pretrained weights of {config.name} could not be downloaded ({type(error).__name__}). Without "
                 "a network, set encoder.weights to a .safetensors file, or to 'untrained' to try the pipeline."
@@ -135,8 +136,7 @@ def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = Fals
         load_weights(model, find_weights(config.weights), config, allow_pickle)
     model.eval().requires_grad_(False)
     preprocessing = preprocessing_of(model, config)
-    with torch.inference_mode():
-        embedding = model(torch.zeros(1, 3, preprocessing.input_px, preprocessing.input_px))
+    embedding = _try_forward(model, preprocessing.input_px, config)
     state = model.state_dict()
     parts = [part for name in sorted(state) for part in (name.encode(), _bytes_of(state[name]))]
     return Encoder(
@@ -147,6 +147,19 @@ def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = Fals
         embedding_dim=embedding.shape[-1],
         weights_digest=digest_bytes(*parts),
     )
+
+
+def _try_forward(model: nn.Module, input_px: int, config: EncoderConfig) -> Tensor:
+    try:
+        with torch.inference_mode():
+            embedding: Tensor = model(torch.zeros(1, 3, input_px, input_px))
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"{config.name} with encoder.model_args {config.model_args} cannot take images of {input_px} px: {error}"
+        ) from error
+    if embedding.ndim != 2:
+        raise ConfigError(f"{config.name} gives {tuple(embedding.shape)} for one image, not one embedding.")
+    return embedding
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
@@ -166,7 +179,13 @@ def load_weights(model: nn.Module, path: Path, config: EncoderConfig, allow_pick
         CheckpointError: see `load_encoder`.
     """
     state, header = load_tensors(path, allow_pickle)
-    wanted = {"encoder": config.name, "model_args": config.model_args}
+    preprocessing = preprocessing_of(model, config)
+    wanted = {
+        "encoder": config.name,
+        "model_args": config.model_args,
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+    }
     made_for = {key: header.get(key, value) for key, value in wanted.items()}
     if unlike := differences(made_for, wanted):
         raise CheckpointError(f"{path} holds another encoder than the config names: {'; '.join(unlike)}.")

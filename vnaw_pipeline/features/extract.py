@@ -21,10 +21,11 @@ import pandas as pd
 import torch
 
 from vnaw_pipeline.config import PipelineConfig, dump_config
-from vnaw_pipeline.crops.source import VideoCrops, crop_set_name, decode_crop, open_video_crops
-from vnaw_pipeline.errors import DataError
+from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_video_crops
+from vnaw_pipeline.errors import DataError, StoreError
 from vnaw_pipeline.features.encoder import Encoder, Preprocessing, load_encoder, resolve_precision
 from vnaw_pipeline.features.store import PLAIN, FeatureStore, Unit, create_store
+from vnaw_pipeline.layouts import crop_set_name
 from vnaw_pipeline.manifests import read_manifest
 from vnaw_pipeline.processes import cpu_share, gather_all, process_state
 from vnaw_pipeline.provenance import environment, utc_now, write_json, write_text
@@ -68,7 +69,7 @@ def extract_features(
     fingerprint = {
         **encoder.fingerprint(),
         "precision": precision,
-        "crops": config.extract.crop_set or crop_set_name(crops_root),
+        "crops": config.extract.crop_set or crop_set_name(crops_root, videos.crops),
         "views": [PLAIN],
     }
     if state.is_main_process:
@@ -78,14 +79,16 @@ def extract_features(
         write_text(store_path / "config.yaml", dump_config(config))
     state.wait_for_everyone()
     store = create_store(store_path, fingerprint, encoder.embedding_dim)
-    crops_of = {video_id: crops_root / crops for video_id, crops in zip(videos.video_id, videos.crops, strict=True)}
+    crops_of = {
+        video_id: crops_root / crops if crops else None
+        for video_id, crops in zip(videos.video_id, videos.crops, strict=True)
+    }
     units = [unit for video_id in crops_of for unit in _units_to_do(store, video_id)]
     total = sum(len(store.units(video_id)) for video_id in crops_of)
     state.wait_for_everyone()  # no process writes before all have seen what is missing
 
     mine = share_of(units, state.process_index, state.num_processes)
     frames = sum(unit.stop - unit.start for unit in mine)
-    lost: list[Failure] = []
     with (
         _one_core_per_forward(state.device) as forwards,
         progress_bar("extract", frames, shown=state.is_main_process) as bar,
@@ -95,21 +98,19 @@ def extract_features(
         for result in encode_units(
             mine, crops_of, encoder.preprocessing, encode, encoder.embedding_dim, config.extract.batch_frames, workers
         ):
-            if isinstance(result, Failure):
-                lost.append(result)
-            else:
-                _keep(store, result)
-                bar.advance(result.unit.stop - result.unit.start)
+            _keep(store, result)
+            bar.advance(result.unit.stop - result.unit.start)
 
-    lost = gather_all(lost)
+    frames = sum(gather_all([frames]))  # after this, every process has written its chunks
+    failures = [failure for unit in units for failure in _recorded_failures(store, unit)]
     report = StageReport(
         "extract",
         units="chunks",
-        done=len(units) - len(lost),
+        done=len(units) - sum(failure.frame_index is None for failure in failures),
         skipped=total - len(units),
-        frames=sum(gather_all([frames])),
+        frames=frames,
         seconds=time.monotonic() - started,
-        failures=lost + [failure for unit in units for failure in _recorded_failures(store, unit)],
+        failures=failures,
         status_path=store_path / "status.csv",
     )
     if state.is_main_process:
@@ -133,16 +134,16 @@ def share_of(units: list[Unit], process_index: int, num_processes: int) -> list[
 
 def encode_units(
     units: Iterable[Unit],
-    crops_of: dict[str, Path],
+    crops_of: dict[str, Path | None],
     preprocessing: Preprocessing,
     encode: Encode,
     embedding_dim: int,
     batch_frames: int,
     workers: int,
-) -> Iterator[EncodedUnit | Failure]:
+) -> Iterator[EncodedUnit]:
     """Decode and encode chunk by chunk, in order, `workers` batches at a time; memory does not grow with the video.
 
-    Yields a Failure instead of a chunk whose video has no crops that can be opened.
+    A chunk of a video without crops that can be opened has no valid frame, and one failure for the whole of it.
     """
     buffers = threading.local()
     side = preprocessing.input_px
@@ -151,13 +152,13 @@ def encode_units(
         if not hasattr(buffers, "batch"):
             buffers.batch = np.zeros((batch_frames, side, side, 3), dtype=np.uint8)
         batch = buffers.batch
-        for position, jpeg in enumerate(crops.read(start, stop)):
-            if jpeg is None:
-                continue
-            frame_index = start + position
+        for position, frame_index in enumerate(range(start, stop)):
             try:
+                (jpeg,) = crops.read(frame_index, frame_index + 1)
+                if jpeg is None:
+                    continue
                 batch[position] = preprocessing.resize(decode_crop(jpeg))
-            except DataError as error:
+            except (DataError, OSError) as error:
                 result.failures.append(Failure(result.unit.video_id, frame_index, str(error)))
             else:
                 result.valid[frame_index - result.unit.start] = True
@@ -165,30 +166,32 @@ def encode_units(
         if (found := result.valid[rows]).any():
             result.embeddings[rows] = np.where(found[:, None], encode(batch)[: stop - start], np.float16(0))
 
-    pending: deque[tuple[VideoCrops, EncodedUnit, list[Future[None]]]] = deque()
+    pending: deque[tuple[VideoCrops | None, EncodedUnit, list[Future[None]]]] = deque()
 
     def finish() -> EncodedUnit:
         crops, result, futures = pending.popleft()
-        with crops:
-            for future in futures:
-                future.result()
+        for future in futures:
+            future.result()
+        if crops is not None:
+            crops.close()
         result.failures.sort(key=lambda failure: failure.frame_index or 0)
         return result
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
     try:
         for unit in units:
-            try:
-                crops = open_video_crops(crops_of[unit.video_id])
-            except (DataError, OSError) as error:
-                yield Failure(unit.video_id, None, str(error))
-                continue
             length = unit.stop - unit.start
             result = EncodedUnit(
                 unit, np.zeros((length, embedding_dim), np.float16), np.zeros(length, np.bool_), failures=[]
             )
-            starts = range(unit.start, unit.stop, batch_frames)
-            futures = [pool.submit(run_batch, crops, result, s, min(s + batch_frames, unit.stop)) for s in starts]
+            crops, futures = None, []
+            try:
+                crops = _open_crops(crops_of[unit.video_id])
+            except (DataError, OSError) as error:
+                result.failures.append(Failure(unit.video_id, None, str(error)))
+            else:
+                starts = range(unit.start, unit.stop, batch_frames)
+                futures = [pool.submit(run_batch, crops, result, s, min(s + batch_frames, unit.stop)) for s in starts]
             pending.append((crops, result, futures))
             while sum(len(waiting) for _, _, waiting in pending) > 4 * workers + len(futures):
                 yield finish()
@@ -196,6 +199,12 @@ def encode_units(
             yield finish()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _open_crops(path: Path | None) -> VideoCrops:
+    if path is None:
+        raise DataError("the manifest names no crops for this video; crop it and build the manifest again")
+    return open_video_crops(path)
 
 
 def make_encode(encoder: Encoder, precision: str, device: torch.device, forwards: int) -> Encode:
@@ -209,7 +218,12 @@ def make_encode(encoder: Encoder, precision: str, device: torch.device, forwards
         with slots:
             images = encoder.preprocessing.normalise(torch.from_numpy(frames).to(device))
             embeddings: npt.NDArray[np.float16] = model(images.to(dtype)).to(torch.float16).cpu().numpy()
-            return embeddings
+        if not np.isfinite(embeddings).all():
+            raise StoreError(
+                f"{encoder.name} gives embeddings that float16 cannot hold (beyond 65504, or not a number). "
+                "Check its weights and precision; another layer's output or a normalised head is needed."
+            )
+        return embeddings
 
     return encode
 

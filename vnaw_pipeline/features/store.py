@@ -150,7 +150,8 @@ def create_store(path: Path, fingerprint: Mapping[str, Any], embedding_dim: int)
     Raises:
         StoreError: `path` is something else, or a store with another fingerprint (it says what differs).
     """
-    if path.exists() and any(path.iterdir()) and not (path / "zarr.json").exists():
+    found = [entry for entry in path.iterdir() if entry.suffix != ".partial"] if path.exists() else []
+    if found and not (path / "zarr.json").exists():
         raise StoreError(f"{path} is not empty and is not a feature store. Give a new folder.")
     if not (path / "zarr.json").exists():
         attributes = {"format": _FORMAT, "embedding_dim": embedding_dim, "fingerprint": dict(fingerprint)}

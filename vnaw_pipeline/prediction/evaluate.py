@@ -31,6 +31,8 @@ def evaluate_predictions(
     videos = videos[videos.split == split]
     if videos.empty:
         raise DataError(f"The manifest has no videos in split '{split}'.")
+    if (videos.annotation == "").all():
+        raise DataError(f"The videos in split '{split}' have no annotations to score against.")
     table = read_predictions(predictions, task) if isinstance(predictions, Path) else predictions
     labels = read_labels(videos, annotations_dir, task)
     predicted = predicted_classes(table, {video_id: len(of_video) for video_id, of_video in labels.items()}, task)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from vnaw_pipeline.config import PredictConfig
 from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.store import open_store
@@ -26,8 +27,16 @@ from vnaw_pipeline.tasks import Task
 from vnaw_pipeline.windows.plan import plan_windows
 
 
-def predict_videos(manifest: Path | pd.DataFrame, store_path: Path, run_dir: Path, split: str) -> StageReport:
-    """Predict every frame of a split's videos with a run's best model.
+def predict_videos(
+    manifest: Path | pd.DataFrame,
+    store_path: Path,
+    run_dir: Path,
+    split: str,
+    config: PredictConfig | None = None,
+) -> StageReport:
+    """Predict every frame of a split's videos with a run's best model; of a fold's run, the splits are its fold's.
+
+    `config` None: that of the run.
 
     Writes `<run>/predictions/<split>_raw.parquet` (as the model says) and `<split>.parquet` (gaps filled, smoothed).
 
@@ -38,10 +47,12 @@ def predict_videos(manifest: Path | pd.DataFrame, store_path: Path, run_dir: Pat
     started = time.monotonic()
     state = process_state()
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
+    run = open_run(run_dir)
+    videos = run.split_videos(videos)
     video_ids = list(videos.video_id[videos.split == split])
     if not video_ids:
         raise DataError(f"The manifest has no videos in split '{split}', only in {sorted(set(videos.split))}.")
-    run = open_run(run_dir)
+    config = config or run.config.predict
     store = open_store(store_path)
     run.require_features(store)
     bank = open_bank(store, video_ids, shown=state.is_main_process).to(state.device)
@@ -53,7 +64,7 @@ def predict_videos(manifest: Path | pd.DataFrame, store_path: Path, run_dir: Pat
             bank,
             len(run.task.outputs),
             windows,
-            run.config.predict.batch_windows,
+            config.batch_windows,
             process_index=state.process_index,
             num_processes=state.num_processes,
             reduce_sum=sum_over_processes,
@@ -62,7 +73,7 @@ def predict_videos(manifest: Path | pd.DataFrame, store_path: Path, run_dir: Pat
     if state.is_main_process:
         raw = probabilities.cpu().numpy()
         shares = np.asarray(run.header["class_shares"], dtype=np.float32)
-        final = finish_probabilities(raw, bank, shares, run.config.predict.smooth_half_width)
+        final = finish_probabilities(raw, bank, shares, config.smooth_half_width)
         write_predictions(run.folder.raw_predictions(split), raw, bank, run.task)
         write_predictions(run.folder.predictions(split), final, bank, run.task)
     state.wait_for_everyone()

@@ -30,7 +30,7 @@ from vnaw_pipeline.rendering.identity import Identity, sample_identity
 from vnaw_pipeline.rendering.plan import SPLITS, DatasetPlan, VideoPlan, plan_videos
 from vnaw_pipeline.rendering.schedule import schedule_expressions
 from vnaw_pipeline.rendering.script import VideoScript, affect_of, present_units, write_script
-from vnaw_pipeline.stages import StageReport, progress_bar
+from vnaw_pipeline.stages import StageReport, progress_bar, usable_cores
 from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL, SPLIT_DIRS, TASKS, TaskName
 
 RECORD_NAME = "rendered.json"
@@ -103,7 +103,7 @@ def render_dataset(
         write_json(root / RECORD_NAME, {"complete": False, "made_by": wanted})
         write_annotations(root, videos)
         with progress_bar("render", report.frames, shown=shown) as bar:
-            draw_videos(root, videos, plan.jpeg_quality, workers or _cores(), bar.advance)
+            draw_videos(root, videos, plan.jpeg_quality, workers or usable_cores(), bar.advance)
         finished = {"videos": len(videos), "files": _count_files(root), "measured": report.notes}
         write_json(root / RECORD_NAME, {"complete": True, "made_by": wanted, **finished})
     except OSError as error:
@@ -286,11 +286,6 @@ def _read_record(root: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def _cores() -> int:
-    """Cores that this process may use; where the system does not tell, all there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _count_files(root: Path) -> int:

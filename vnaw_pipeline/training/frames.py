@@ -24,11 +24,15 @@ from vnaw_pipeline.losses.expression import expression_loss
 from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.metrics import expression_scores
 from vnaw_pipeline.processes import gather_all, process_state, sum_over_processes
+from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import Failure, StageReport
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, Task
 from vnaw_pipeline.training.loop import SCORE, Optimisation, Recipe, fit, seed_of, split_step
 from vnaw_pipeline.windows.plan import balanced_weights
+
+_SECTIONS = {"task", "seed", "encoder", "finetune"}
+"""What this stage reads of the config; the rest may change between a run and its continuation."""
 
 
 class FrameBatch(NamedTuple):
@@ -46,18 +50,25 @@ class LabelledFrames:
     ) -> None:
         labels = read_labels(videos, annotations_dir, task)
         self._crops: list[VideoCrops] = []
-        self._video_ids = list(labels)
-        parts = []
-        for video, crops in enumerate(videos.set_index("video_id").crops[self._video_ids]):
-            source = open_video_crops(crops_root / crops)
+        self._video_ids: list[str] = []
+        self.failures: list[Failure] = []
+        parts = [np.zeros((0, 3), dtype=np.int64)]
+        for video_id, crops in zip(videos.video_id, videos.crops, strict=True):
+            try:
+                source = open_video_crops(crops_root / (crops or video_id))
+            except (DataError, OSError) as error:
+                self.failures.append(Failure(video_id, None, str(error)))
+                continue
+            frames = np.flatnonzero(source.present(len(labels[video_id])))
+            classes = labels[video_id][frames]
+            known = classes != IGNORE_LABEL
+            parts.append(np.stack([np.full(known.sum(), len(self._crops)), frames[known], classes[known]], axis=1))
             self._crops.append(source)
-            frames = np.flatnonzero(source.present(len(labels[self._video_ids[video]])))
-            of_frames = labels[self._video_ids[video]][frames]
-            known = of_frames != IGNORE_LABEL
-            parts.append(np.stack([np.full(known.sum(), video), frames[known], of_frames[known]], axis=1))
-        table = np.concatenate(parts)
+            self._video_ids.append(video_id)
+        table = np.concatenate(parts).astype(np.int64)
         self._video, self._frame = table[:, 0], table[:, 1]
-        self.labels = torch.from_numpy(table[:, 2].astype(np.int64))
+        self.labels = torch.from_numpy(table[:, 2].copy())
+        self.digest = digest_bytes(",".join(self._video_ids).encode(), table.tobytes())
         self._preprocessing = preprocessing
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="decode")
         self.unreadable: dict[tuple[str, int], str] = {}
@@ -76,10 +87,10 @@ class LabelledFrames:
 
     def _read_one(self, images: npt.NDArray[np.uint8], position: int, index: int) -> bool:
         video, frame_index = int(self._video[index]), int(self._frame[index])
-        (jpeg,) = self._crops[video].read(frame_index, frame_index + 1)
         try:
+            (jpeg,) = self._crops[video].read(frame_index, frame_index + 1)
             images[position] = self._preprocessing.resize(decode_crop(jpeg or b""))
-        except DataError as error:
+        except (DataError, OSError) as error:
             self.unreadable[self._video_ids[video], frame_index] = str(error)
             return False
         return True
@@ -115,14 +126,14 @@ def finetune_encoder(
     )
     folder = RunFolder(run_dir)
     if state.is_main_process:
-        folder.begin(config, overwrite)
+        folder.begin(config, _SECTIONS, overwrite)
     state.wait_for_everyone()
     settings = config.finetune
     recipe = Recipe(
         model=model,
         steps=partial(_epoch_steps, train, config, len(task.outputs)),
         objective=partial(_objective, preprocessing, settings),
-        evaluate=partial(_evaluate, validation, preprocessing, settings.batch_frames, settings.validation_frames),
+        evaluate=partial(_evaluate, validation, preprocessing, settings, len(task.outputs)),
         header={
             "kind": "encoder",
             "task": task.name,
@@ -131,7 +142,8 @@ def finetune_encoder(
             "model_args": config.encoder.model_args,
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
-            "config": config.model_dump(mode="json"),
+            "config": config.model_dump(mode="json", include=_SECTIONS),
+            "labels": {"train": train.digest, "validation": validation.digest},
         },
         label="finetune",
     )
@@ -150,6 +162,7 @@ def finetune_encoder(
     history = fit(recipe, optimisation, folder)
     best = max(history, key=lambda row: row[SCORE])
     unreadable = sorted(gather_all([*train.unreadable.items(), *validation.unreadable.items()]))
+    failures = [Failure(video_id, frame, reason) for (video_id, frame), reason in dict(unreadable).items()]
     report = StageReport(
         "finetune",
         units="epochs",
@@ -157,7 +170,7 @@ def finetune_encoder(
         skipped=before,
         frames=(len(history) - before) * settings.frames_per_epoch,
         seconds=time.monotonic() - started,
-        failures=[Failure(video_id, frame, reason) for (video_id, frame), reason in dict(unreadable).items()],
+        failures=[*train.failures, *validation.failures, *failures],
         notes=[f"best macro-F1 {100 * best[SCORE]:.2f} on validation frames, in epoch {best['epoch']}"],
     )
     if state.is_main_process:
@@ -237,19 +250,21 @@ def vary_images(images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _evaluate(
-    validation: LabelledFrames, preprocessing: Preprocessing, batch_frames: int, num_frames: int, model: nn.Module
+    validation: LabelledFrames,
+    preprocessing: Preprocessing,
+    settings: FinetuneConfig,
+    num_classes: int,
+    model: nn.Module,
 ) -> dict[str, float]:
     """Score evenly spaced labelled validation frames against the given labels."""
     state = process_state()
-    chosen = torch.linspace(0, len(validation) - 1, min(num_frames, len(validation))).round().long()
+    chosen = torch.linspace(0, len(validation) - 1, min(settings.validation_frames, len(validation))).round().long()
     predicted = torch.zeros(len(chosen), dtype=torch.int64, device=state.device)
     mine = torch.arange(len(chosen))[state.process_index :: state.num_processes]
-    num_classes = 0
-    for positions in torch.split(mine, batch_frames):
+    for positions in torch.split(mine, settings.batch_frames):
         batch = validation.read(chosen[positions])
         logits = model(preprocessing.normalise(batch.images.to(state.device)))
         predicted[positions.to(state.device)] = logits.argmax(dim=1)
-        num_classes = logits.shape[1]
     predicted = sum_over_processes(predicted)  # each frame by one process, 0 in the others
     scores = expression_scores(validation.labels[chosen].numpy(), predicted.cpu().numpy(), num_classes)
     return {SCORE: scores.macro_f1, "accuracy": scores.accuracy}

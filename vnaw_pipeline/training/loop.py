@@ -114,7 +114,8 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
                 bar.advance(1)
             train_loss = float(sum_over_processes(loss_sum) / sum_over_processes(units).clamp(min=1))
             model.eval()
-            scores = recipe.evaluate(accelerator.unwrap_model(model))
+            # Without the wrapper of mixed precision: an epoch is scored in float32, as predictions are made.
+            scores = recipe.evaluate(accelerator.unwrap_model(model, keep_fp32_wrapper=False))
             row = {"epoch": epoch, "train_loss": train_loss, **scores, "seconds": time.monotonic() - started}
             progress.history.append(row)
             progress.epochs_done = epoch + 1
@@ -160,12 +161,12 @@ def split_step(units: Tensor, process_index: int, num_processes: int, accumulati
 
 def _open_accelerator(optimisation: Optimisation, project_dir: Path) -> Accelerator:
     if optimisation.precision == "fp16" and process_state().device.type == "cpu":
-        raise ConfigError("precision fp16 needs a GPU; on a CPU use bf16, or no.")
+        raise ConfigError("precision fp16 needs a GPU; on a CPU use bf16 or fp32.")
     # Accelerate keeps the mixed precision of the first run in the process for good; another run may want another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        mixed_precision=optimisation.precision,
+        mixed_precision="no" if optimisation.precision == "fp32" else optimisation.precision,
         log_with=optimisation.tracker,
         project_dir=project_dir,
     )
@@ -187,8 +188,9 @@ def _step(
     units = torch.zeros_like(loss_sum)
     for number, batch in enumerate(batches):
         is_last = number == len(batches) - 1
-        with accelerator.autocast(), _synchronised(accelerator, model, is_last):
-            loss, count = recipe.objective(model, batch, epoch / optimisation.epochs)
+        with _synchronised(accelerator, model, is_last):
+            with accelerator.autocast():
+                loss, count = recipe.objective(model, batch, epoch / optimisation.epochs)
             accelerator.backward(loss)
         loss_sum += loss.detach()
         units += count

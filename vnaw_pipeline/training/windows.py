@@ -22,6 +22,7 @@ from vnaw_pipeline.metrics import expression_scores
 from vnaw_pipeline.prediction.predict import finish_probabilities
 from vnaw_pipeline.prediction.stitch import stitch_probabilities
 from vnaw_pipeline.processes import process_state, sum_over_processes
+from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import StageReport
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, Task
@@ -38,6 +39,9 @@ from vnaw_pipeline.windows.plan import (
     window_rows,
 )
 
+_SECTIONS = {"task", "seed", "windows", "temporal", "loss", "train", "predict"}
+"""What this stage reads of the config; the rest may change between a run and its continuation."""
+
 
 @dataclass(frozen=True)
 class LabelledBank:
@@ -45,6 +49,10 @@ class LabelledBank:
 
     bank: FeatureBank
     row_labels: Tensor
+
+    def digest(self) -> str:
+        """What tells this set of videos and labels from another."""
+        return digest_bytes(",".join(self.bank.video_ids).encode(), self.row_labels.cpu().numpy().tobytes())
 
     def learnable(self) -> "LabelledBank":
         """The same without labels on frames that have no embedding: those are scored, but nothing is learnt there."""
@@ -83,7 +91,7 @@ def train_windows(
     train = train.learnable()
     folder = RunFolder(run_dir)
     if state.is_main_process:
-        folder.begin(config, overwrite)
+        folder.begin(config, _SECTIONS, overwrite)
     state.wait_for_everyone()
 
     plan = training_plan(train, config, task)
@@ -95,7 +103,8 @@ def train_windows(
         "outputs": list(task.outputs),
         "embedding_dim": store.embedding_dim,
         "features": store.fingerprint,
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", include=_SECTIONS),
+        "labels": {"train": train.digest(), "validation": validation.digest()},
         "fold": fold,
         "class_shares": class_shares,
     }
