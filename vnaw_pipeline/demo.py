@@ -71,7 +71,7 @@ def run_demo(work_dir: Path, config: PipelineConfig, say: Callable[[str], None])
     problems = check_manifest(work_dir / "manifest.csv", annotations, crops, _TASK, template=data / _TEMPLATE)
     if errors := [str(problem) for problem in problems if problem.severity == "error"]:
         raise DataError(listing(errors))
-    say(f"check: 0 errors, {len(problems)} warnings (annotations a line longer or shorter than the video)")
+    say(f"check: 0 errors, {len(problems)} warnings; `vnaw check` lists them")
 
     encoder = RunFolder(work_dir / "encoder")
     report(finetune_encoder(manifest, annotations, crops, encoder.path, config))
@@ -151,7 +151,7 @@ def _probe_table(manifest: pd.DataFrame, annotations: Path, store_path: Path, wo
     train, validation = (_bank_of_split(manifest, store_path, split) for split in ("train", "validation"))
     labels = _given_labels(manifest, annotations, train)
     used = (labels != IGNORE_LABEL) & train.valid[:-1].numpy()
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500, class_weight="balanced"))
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200, class_weight="balanced"))
     probe.fit(train.embeddings[:-1].numpy()[used].astype(np.float32), labels[used])
     answered = probe.predict_proba(validation.embeddings[:-1].numpy().astype(np.float32))
     probabilities = np.zeros((validation.zero_row, len(_TASK.outputs)), dtype=np.float32)

@@ -53,7 +53,7 @@ def draw_timeline(
     `bands` maps a name to class indices (T,), IGNORE_LABEL left white; `probabilities` is (T, K).
     """
     num_frames = len(probabilities)
-    figure = Figure(figsize=(9, 1.2 + 0.35 * len(bands) + 2.6), layout="constrained")
+    figure = Figure(figsize=(9, 1.6 + 0.35 * len(bands) + 2.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[0.4 * len(bands), 2])
     colours = CLASS_COLOURS[: len(names)]
     coded = np.stack([np.where(band == IGNORE_LABEL, len(names), band) for band in bands.values()])
@@ -68,15 +68,15 @@ def draw_timeline(
         extent=extent,
     )
     upper.set_yticks(range(len(bands)), list(bands))
+    for edge in range(1, len(bands)):
+        upper.axhline(edge - 0.5, color="white", linewidth=3)
     upper.set_title(title)
     lower.stackplot(np.arange(num_frames), probabilities.T, colors=colours, labels=list(names))
     lower.set_xlim(-0.5, num_frames - 0.5)
     lower.set_ylim(0, 1)
     lower.set_xlabel("frame_index")
     lower.set_ylabel("probability")
-    figure.legend(
-        *lower.get_legend_handles_labels(), loc="outside lower center", ncols=min(8, len(names)), frameon=False
-    )
+    figure.legend(*lower.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
 
 
