@@ -56,6 +56,10 @@ ONLY_IN = {
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
 
 
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data_manifests" / "README.md"]
+PAGES += [PACKAGE / "weights" / "README.md"]
+
+
 def imports_of(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -116,6 +120,11 @@ def test_paths_that_a_page_names_exist(page: str) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_has_a_gap_to_fill(page: Path) -> None:
+    assert re.findall(r"@[A-Z_]{3,}@|TODO|TBD", page.read_text(encoding="utf-8")) == []
+
+
 def test_commands_that_the_readme_names_exist() -> None:
     from vnaw_pipeline.cli import app
 
@@ -123,7 +132,7 @@ def test_commands_that_the_readme_names_exist() -> None:
     named = set(re.findall(r"\bvnaw ([a-z]+)\b", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert named <= commands
     assert commands <= named, "every command is in the README"
-    targets = set(re.findall(r"\bmake ([a-z]+)\b", (ROOT / "README.md").read_text(encoding="utf-8")))
+    targets = set(re.findall(r"(?:^|`)make ([a-z]+)\b", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert {"demo", "test"} <= targets
     makefile = (ROOT / "Makefile").read_text()
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []

@@ -75,4 +75,4 @@ def test_the_whole_demo_runs_and_runs_again(
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     exec(compile(block, "README.md", "exec"), {})
-    assert "p_neutral" in capsys.readouterr().out
+    assert "video_id" in capsys.readouterr().out

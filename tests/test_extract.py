@@ -267,7 +267,7 @@ def test_an_untrained_encoder_says_so(tiny_config: PipelineConfig, caplog: pytes
 def test_unknown_encoders_and_missing_downloads_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="not a timm model"):
         load_encoder(EncoderConfig(name="swin_tinny", weights="untrained"))
-    for wrong in ({"no_such_argument": 1}, {"depths": [2]}, {"num_heads": [5, 5, 5, 5]}):
+    for wrong in ({"no_such_argument": 1}, {"num_heads": [3]}, {"depths": [2, 2, 2, 2, 2]}):
         with pytest.raises(ConfigError, match=r"model_args .* (do not fit|cannot take)|cannot take images"):
             load_encoder(EncoderConfig(weights="untrained", model_args=wrong))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -137,7 +137,7 @@ def test_learning_rate_curve() -> None:
     shares = [learning_rate_share(step, plan) for step in range(40)]
     assert shares[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert shares[22] == pytest.approx(0.5)
-    assert all(a >= b for a, b in itertools.pairwise(shares))
+    assert all(a >= b for a, b in itertools.pairwise(shares[4:]))
     assert 0 < shares[-1] < 0.01
 
 
