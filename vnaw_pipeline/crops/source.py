@@ -64,6 +64,17 @@ def open_video_crops(path: Path) -> VideoCrops:
     raise DataError(f"No crops at {path}: neither a folder of images nor a pack {pack_path.name}.")
 
 
+def open_listed_crops(crops_root: Path, crops: str) -> VideoCrops:
+    """Open the crops that a manifest names: a path below the root, '' if the video has none.
+
+    Raises:
+        DataError: none are named, or as `open_video_crops`.
+    """
+    if not crops:
+        raise DataError("the manifest names no crops for this video; crop it and build the manifest again")
+    return open_video_crops(crops_root / crops)
+
+
 class JpegFolder:
     """A folder of 00001.jpg, 00002.jpg ...; other files in it are ignored. It is listed once, when it is opened."""
 

@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from vnaw_pipeline.config import PipelineConfig, dump_config
-from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_video_crops
+from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_listed_crops
 from vnaw_pipeline.errors import DataError, StoreError
 from vnaw_pipeline.features.encoder import Encoder, Preprocessing, load_encoder, resolve_precision
 from vnaw_pipeline.features.store import PLAIN, FeatureStore, Unit, create_store
@@ -79,10 +79,7 @@ def extract_features(
         write_text(store_path / "config.yaml", dump_config(config))
     state.wait_for_everyone()
     store = create_store(store_path, fingerprint, encoder.embedding_dim)
-    crops_of = {
-        video_id: crops_root / crops if crops else None
-        for video_id, crops in zip(videos.video_id, videos.crops, strict=True)
-    }
+    crops_of = dict(zip(videos.video_id, videos.crops, strict=True))
     units = [unit for video_id in crops_of for unit in _units_to_do(store, video_id)]
     total = sum(len(store.units(video_id)) for video_id in crops_of)
     state.wait_for_everyone()  # no process writes before all have seen what is missing
@@ -96,7 +93,14 @@ def extract_features(
         encode = make_encode(encoder, precision, state.device, forwards)
         workers = max(config.extract.decode_threads, forwards)
         for result in encode_units(
-            mine, crops_of, encoder.preprocessing, encode, encoder.embedding_dim, config.extract.batch_frames, workers
+            mine,
+            crops_root,
+            crops_of,
+            encoder.preprocessing,
+            encode,
+            encoder.embedding_dim,
+            config.extract.batch_frames,
+            workers,
         ):
             _keep(store, result)
             bar.advance(result.unit.stop - result.unit.start)
@@ -134,7 +138,8 @@ def share_of(units: list[Unit], process_index: int, num_processes: int) -> list[
 
 def encode_units(
     units: Iterable[Unit],
-    crops_of: dict[str, Path | None],
+    crops_root: Path,
+    crops_of: Mapping[str, str],
     preprocessing: Preprocessing,
     encode: Encode,
     embedding_dim: int,
@@ -143,7 +148,8 @@ def encode_units(
 ) -> Iterator[EncodedUnit]:
     """Decode and encode chunk by chunk, in order, `workers` batches at a time; memory does not grow with the video.
 
-    A chunk of a video without crops that can be opened has no valid frame, and one failure for the whole of it.
+    `crops_of` names each video's crops below `crops_root`. A chunk of a video without crops that can be opened has no
+    valid frame, and one failure for the whole of it.
     """
     buffers = threading.local()
     side = preprocessing.input_px
@@ -186,7 +192,7 @@ def encode_units(
             )
             crops, futures = None, []
             try:
-                crops = _open_crops(crops_of[unit.video_id])
+                crops = open_listed_crops(crops_root, crops_of[unit.video_id])
             except (DataError, OSError) as error:
                 result.failures.append(Failure(unit.video_id, None, str(error)))
             else:
@@ -199,12 +205,6 @@ def encode_units(
             yield finish()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _open_crops(path: Path | None) -> VideoCrops:
-    if path is None:
-        raise DataError("the manifest names no crops for this video; crop it and build the manifest again")
-    return open_video_crops(path)
 
 
 def make_encode(encoder: Encoder, precision: str, device: torch.device, forwards: int) -> Encode:

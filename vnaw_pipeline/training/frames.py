@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vnaw_pipeline.config import FinetuneConfig, LossConfig, PipelineConfig
-from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_video_crops
+from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_listed_crops
 from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.features.encoder import Preprocessing, create_model, find_weights, load_weights, preprocessing_of
 from vnaw_pipeline.losses.expression import expression_loss
@@ -55,7 +55,7 @@ class LabelledFrames:
         parts = [np.zeros((0, 3), dtype=np.int64)]
         for video_id, crops in zip(videos.video_id, videos.crops, strict=True):
             try:
-                source = open_video_crops(crops_root / (crops or video_id))
+                source = open_listed_crops(crops_root, crops)
             except (DataError, OSError) as error:
                 self.failures.append(Failure(video_id, None, str(error)))
                 continue
