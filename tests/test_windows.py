@@ -133,12 +133,13 @@ def test_skipping_drops_the_share_and_leaves_no_gap() -> None:
             assert (rows[kept] == window_rows(plan, bank.first, 100, bank.zero_row)[kept]).all()
 
 
-@given(st.integers(0, 500), st.integers(1, 9))
-def test_the_only_labelled_frame_survives(seed: int, place: int) -> None:
+@pytest.mark.parametrize("mode", ["drop", "mask", "resample"])
+@given(seed=st.integers(0, 500), place=st.integers(0, P - 1))
+def test_the_only_labelled_frame_survives(mode: str, seed: int, place: int) -> None:
     bank = bank_of([P])
     row_labels = torch.full((P + 1,), IGNORE_LABEL)
     row_labels[place] = 2
-    skip = SkipConfig(mode="drop", share=(0.9, 0.95))
+    skip = SkipConfig.model_validate({"mode": mode, "share": [0.9, 0.95], "speed": [0.3, 2.0]})
     plan = plan_windows(bank.num_frames, P, P)
     rows = skip_frames(plan, bank.first, row_labels, P, skip, torch.Generator().manual_seed(seed))
     assert place in rows[0].tolist()

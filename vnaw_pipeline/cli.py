@@ -83,9 +83,12 @@ def manifest(
     write_manifest(table, out)
     counts = ", ".join(f"{count} {split}" for split, count in table.split.value_counts(sort=False).items())
     problems = check_manifest(out, annotations, crops, TASKS[task], videos, template)
-    _print_problems(problems)
+    errors = [problem for problem in problems if problem.severity == "error"]
+    _print_problems(errors)
+    if warnings := len(problems) - len(errors):
+        typer.echo(f"{warnings} warnings, which `vnaw check` lists")
     typer.echo(f"manifest: {len(table)} videos ({counts}), {table.num_frames.sum()} frames -> {out}")
-    _exit_if(any(problem.severity == "error" for problem in problems))
+    _exit_if(bool(errors))
 
 
 @app.command()

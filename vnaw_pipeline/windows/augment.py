@@ -26,11 +26,13 @@ def skip_frames(
     Source: V-NAW Eq. 3 (`drop`, `mask`); `resample` is the variant of the authors' code.
     """
     zero_row = len(row_labels) - 1
-    if skip.mode == "resample":
-        return _resample(plan, first, window_frames, zero_row, skip.speed, generator)
     rows = window_rows(plan, first, window_frames, zero_row)
     if skip.mode == "none":
         return rows
+    if skip.mode == "resample":
+        resampled = _resample(plan, first, window_frames, zero_row, skip.speed, generator)
+        keeps_label = (row_labels[resampled] != IGNORE_LABEL).any(dim=1, keepdim=True)
+        return torch.where(keeps_label, resampled, rows)
     keep = draw_kept(row_labels[rows] != IGNORE_LABEL, rows != zero_row, skip.share, generator)
     kept = torch.where(keep, rows, zero_row)
     if skip.mode == "mask":
