@@ -174,21 +174,27 @@ def find_videos(videos_dir: Path) -> dict[str, Path]:
 
 
 def video_frame_count(path: Path) -> int:
-    """Frames in a video's container, not decoded: as its index says, else its packets counted.
+    """Frames in a video's container, not decoded: as its index says, else its packets counted, up to where it breaks.
 
     Raises:
         DataError: the file is no video that can be opened.
     """
     import av
 
+    from vnaw_pipeline.crops.video import video_stream
+
+    count = 0
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise DataError(f"{path} has no video stream.")
-            stream = container.streams.video[0]
-            return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        with av.open(f"file:{path}") as container:
+            stream = video_stream(container, path)
+            if stream.frames:
+                return stream.frames
+            for packet in container.demux(stream):
+                count += packet.size > 0
     except av.FFmpegError as error:
-        raise DataError(f"{path} cannot be opened as a video: {error.strerror}") from error
+        if count == 0:
+            raise DataError(f"{path} cannot be opened as a video: {error.strerror}") from error
+    return count
 
 
 def pack_frame_count(path: Path) -> int:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self, cast
 import av
 import numpy as np
 import numpy.typing as npt
+from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
@@ -52,12 +53,11 @@ class VideoReader:
             self._container = av.open(f"file:{path}")
         except av.error.FFmpegError as error:
             raise DataError(_why_not_opened(path, error)) from error
-        pictures = Disposition.attached_pic | Disposition.still_image
-        streams = [stream for stream in self._container.streams.video if not stream.disposition & pictures]
-        if not streams:
+        try:
+            self._stream = video_stream(self._container, path)
+        except DataError:
             self._container.close()
-            raise DataError(f"{path} holds no video stream, only sound, pictures or data. Give a video file.")
-        self._stream = streams[0]
+            raise
         # Frame threading drops the last good frames when a file breaks off; slices do not.
         self._stream.thread_type = "SLICE"
         self.fps = float(self._stream.average_rate or math.nan)
@@ -132,6 +132,19 @@ class VideoReader:
                 self._errors.append(_describe(error))
                 continue
             yield from decoded
+
+
+def video_stream(container: InputContainer, path: Path) -> VideoStream:
+    """The first stream of moving pictures; a cover image is none.
+
+    Raises:
+        DataError: there is none.
+    """
+    pictures = Disposition.attached_pic | Disposition.still_image
+    streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
+    if not streams:
+        raise DataError(f"{path} holds no video stream, only sound, pictures or data. Give a video file.")
+    return streams[0]
 
 
 def open_video(path: Path) -> VideoReader:
