@@ -394,7 +394,10 @@ def test_runs_of_other_features_tasks_and_widths_are_refused(
     save_tensors(run / "checkpoint" / "best.safetensors", tensors, {**header, "kind": "encoder"})
     with pytest.raises(CheckpointError, match="not the checkpoint of a temporal model"):
         open_run(run)
+    (run / "checkpoint" / "best.safetensors").unlink()
     with pytest.raises(CheckpointError, match="is not there"):
+        open_run(run)
+    with pytest.raises(CheckpointError, match="not a run folder"):
         open_run(tmp_path / "nowhere")
 
 

@@ -30,7 +30,10 @@ Annotations = Annotated[Path, typer.Option(help="Folder of the challenge's annot
 Crops = Annotated[Path, typer.Option(help="Folder that the manifest's crops lie under.", exists=True, file_okay=False)]
 Store = Annotated[Path, typer.Option(help="Feature store (a folder).")]
 Run = Annotated[Path, typer.Option("--run-dir", help="Run folder.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML configuration.", exists=True, dir_okay=False)]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML configuration; without it, the paper's sizes.", exists=True, dir_okay=False),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override one value: section.key=value. Repeatable.")
 ]
@@ -56,7 +59,7 @@ def demo(
 
 @app.command()
 def manifest(
-    out: Annotated[Path, typer.Option(help="Manifest to write (CSV).")],
+    out: Annotated[Path, typer.Option(help="Manifest to write (CSV).", dir_okay=False)],
     crops: Crops,
     annotations: Annotated[
         Path | None, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)
@@ -85,9 +88,8 @@ def manifest(
     problems = check_manifest(out, annotations, crops, TASKS[task], videos, template)
     errors = [problem for problem in problems if problem.severity == "error"]
     _print_problems(errors)
-    if warnings := len(problems) - len(errors):
-        typer.echo(f"{warnings} warnings, which `vnaw check` lists")
-    typer.echo(f"manifest: {len(table)} videos ({counts}), {table.num_frames.sum()} frames -> {out}")
+    found = f"{len(errors)} errors, {len(problems) - len(errors)} warnings (`vnaw check` lists them)"
+    typer.echo(f"manifest: {found}; {len(table)} videos ({counts}), {table.num_frames.sum()} frames -> {out}")
     _exit_if(bool(errors))
 
 
@@ -104,7 +106,7 @@ def check(
         Path | None, typer.Option(help="Folder of video files; gives frame counts.", exists=True, file_okay=False)
     ] = None,
 ) -> None:
-    """List every problem of manifest, annotations and crops at once, with file and line."""
+    """List every problem of manifest, annotations and crops at once, with file and line; images are not opened."""
     from vnaw_pipeline.checks import check_manifest
     from vnaw_pipeline.tasks import TASKS
 
@@ -161,7 +163,7 @@ def extract(
     overrides: Overrides = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Encode every frame once into the feature store."""
+    """Encode every frame once into the feature store; remove the store to start afresh."""
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.features.extract import extract_features
 
@@ -272,15 +274,23 @@ def _exit_if(failed: bool) -> None:
         raise typer.Exit(1)
 
 
+_INTERRUPTED = 130
+
+
 def main() -> None:
-    """Run the command line: what a user can mend becomes one message and exit code 1, without a traceback."""
+    """Run the command line: what a user can mend becomes one message and exit code 1 (2: a wrong option or config
+    value), without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are no news; the error at their end is ours
     try:
         app()
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            typer.echo("Stopped. What is written is whole; run the same command again to go on.", err=True)
+        raise
     except PipelineError as error:
         typer.echo(str(error), err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         typer.echo(

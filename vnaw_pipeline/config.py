@@ -241,6 +241,8 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
             raise ConfigError(f"{path} must hold sections such as 'train:', found {type(values).__name__}.")
     for override in overrides or []:
         _apply_override(values, override)
+    if overrides:
+        where += f" with --set {' '.join(overrides)}"
     try:
         return PipelineConfig.model_validate(values)
     except ValidationError as error:

@@ -75,7 +75,7 @@ def run_demo(work_dir: Path, config: PipelineConfig, say: Callable[[str], None])
 
     encoder = RunFolder(work_dir / "encoder")
     report(finetune_encoder(manifest, annotations, crops, encoder.path, config))
-    tuned = config.model_copy(update={"encoder": config.encoder.model_copy(update={"weights": encoder.best})})
+    tuned = config.model_copy(update={"encoder": config.encoder.model_copy(update={"weights": encoder.best.resolve()})})
     store_path = work_dir / "features.zarr"
     report(extract_features(manifest, crops, store_path, tuned))
 

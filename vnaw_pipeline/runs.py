@@ -114,7 +114,8 @@ class Run:
         """Raise CheckpointError unless the store was made as the one that the run was trained on."""
         if unlike := differences(store.fingerprint, self.header["features"]):
             raise CheckpointError(
-                f"{self.folder.path} was trained on other features than {store.path} holds: {'; '.join(unlike)}. "
+                f"{self.folder.path} was trained on other features than {store.path} holds (found in the store, wanted "
+                f"by the run): {'; '.join(unlike)}. "
                 "Extract with the config of the run, or train on this store."
             )
 
@@ -134,6 +135,8 @@ def open_run(path: str | Path) -> Run:
         CheckpointError: no checkpoint there, or one that is damaged or does not belong to the folder's config.
     """
     folder = RunFolder(Path(path))
+    if not folder.config.is_file():
+        raise CheckpointError(f"{folder.path} is not a run folder: it has no config.yaml. Make one with `vnaw train`.")
     tensors, header = load_tensors(folder.best)
     if header.get("kind") != "temporal":
         raise CheckpointError(f"{folder.best} is not the checkpoint of a temporal model ({header.get('kind')!r}).")
