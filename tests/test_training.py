@@ -174,6 +174,7 @@ def test_a_rerun_of_a_finished_run_does_nothing_and_overwrite_starts_afresh(
     report = train_windows(drawn.manifest, drawn.annotations, drawn_store, tmp_path / "a", tiny_config)
     assert (report.done, report.skipped) == (0, 3)
     assert (tmp_path / "a" / "checkpoint" / "last.safetensors").stat().st_mtime_ns == before
+    (tmp_path / ".a.removed" / "left by a kill").mkdir(parents=True)
     report = train_windows(drawn.manifest, drawn.annotations, drawn_store, tmp_path / "a", tiny_config, overwrite=True)
     assert (report.done, report.skipped) == (3, 0)
 

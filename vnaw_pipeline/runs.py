@@ -67,8 +67,11 @@ class RunFolder:
             raise CheckpointError(f"{self.path} is not empty and is not a run folder. Give a new folder.")
         if overwrite and self.path.exists():
             # Under a hidden name first: a kill half-way through must not leave half a run.
-            doomed = self.path.with_name(f".{self.path.name}.removed")
-            self.path.rename(doomed)
+            whole = self.path.resolve()
+            doomed = whole.with_name(f".{whole.name}.removed")
+            if doomed.exists():  # left by a kill
+                shutil.rmtree(doomed)
+            whole.rename(doomed)
             shutil.rmtree(doomed)
         for partial in self.path.rglob(".*.partial.*"):
             partial.unlink(missing_ok=True)
