@@ -79,9 +79,11 @@ def run_demo(work_dir: Path, config: PipelineConfig, say: Callable[[str], None])
     store_path = work_dir / "features.zarr"
     report(extract_features(manifest, crops, store_path, tuned))
 
+    train, validation = (_bank_of_split(manifest, store_path, split) for split in ("train", "validation"))
+    labels = _given_labels(manifest, annotations, train)
     tables = {
-        "majority class": _majority_table(manifest, annotations, store_path, work_dir),
-        "per-frame linear probe": _probe_table(manifest, annotations, store_path, work_dir),
+        "majority class": _majority_table(labels, validation, work_dir),
+        "per-frame linear probe": _probe_table(train, labels, validation, work_dir),
     }
     for name, weighting in (("temporal, cross-entropy", "none"), ("temporal, V-NAW", "naw")):
         chosen = tuned.model_copy(update={"loss": tuned.loss.model_copy(update={"weighting": weighting})})
@@ -135,10 +137,8 @@ def _given_labels(manifest: pd.DataFrame, annotations: Path, bank: FeatureBank) 
     return np.concatenate([labels[video_id] for video_id in bank.video_ids]).astype(np.int64)
 
 
-def _majority_table(manifest: pd.DataFrame, annotations: Path, store_path: Path, work_dir: Path) -> Path:
+def _majority_table(labels: npt.NDArray[np.int64], validation: FeatureBank, work_dir: Path) -> Path:
     """Predict the most frequent given training label everywhere."""
-    train, validation = (_bank_of_split(manifest, store_path, split) for split in ("train", "validation"))
-    labels = _given_labels(manifest, annotations, train)
     counts = np.bincount(labels[labels != IGNORE_LABEL], minlength=len(_TASK.outputs))
     shares = (counts / counts.sum()).astype(np.float32)
     path = work_dir / "baselines" / "majority.parquet"
@@ -146,13 +146,11 @@ def _majority_table(manifest: pd.DataFrame, annotations: Path, store_path: Path,
     return path
 
 
-def _probe_table(manifest: pd.DataFrame, annotations: Path, store_path: Path, work_dir: Path) -> Path:
+def _probe_table(train: FeatureBank, labels: npt.NDArray[np.int64], validation: FeatureBank, work_dir: Path) -> Path:
     """Logistic regression on single frames, classes balanced, trained on the given labels; gaps filled as elsewhere.
 
     Of C = .01, .1 and 1, the first does best, so that the baseline is not a weak one.
     """
-    train, validation = (_bank_of_split(manifest, store_path, split) for split in ("train", "validation"))
-    labels = _given_labels(manifest, annotations, train)
     used = (labels != IGNORE_LABEL) & train.valid[:-1].numpy()
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000, class_weight="balanced"))
     probe.fit(train.embeddings[:-1].numpy()[used].astype(np.float32), labels[used])

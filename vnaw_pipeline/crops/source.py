@@ -40,11 +40,13 @@ class VideoCrops(Protocol):
     def close(self) -> None:
         """Let go of the file."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 def open_video_crops(path: Path) -> VideoCrops:
@@ -75,7 +77,7 @@ def open_listed_crops(crops_root: Path, crops: str) -> VideoCrops:
     return open_video_crops(crops_root / crops)
 
 
-class JpegFolder:
+class JpegFolder(VideoCrops):
     """A folder of 00001.jpg, 00002.jpg ...; other files in it are ignored. It is listed once, when it is opened."""
 
     def __init__(self, path: Path) -> None:
@@ -95,16 +97,8 @@ class JpegFolder:
     def close(self) -> None:
         """Nothing is held open."""
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class CropPack:
+class CropPack(VideoCrops):
     """An HDF5 pack. h5py lets one thread at a time into HDF5, so threads may share it; forked processes may not."""
 
     def __init__(self, path: Path) -> None:
@@ -136,14 +130,6 @@ class CropPack:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def decode_crop(jpeg: bytes) -> Rgb:
