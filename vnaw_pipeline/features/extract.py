@@ -74,6 +74,7 @@ def extract_features(
     }
     if state.is_main_process:
         store = create_store(store_path, fingerprint, encoder.embedding_dim)
+        store.remove_partial_files()
         for video_id, num_frames in zip(videos.video_id, videos.num_frames, strict=True):
             store.add_video(video_id, num_frames)
         write_text(store_path / "config.yaml", dump_config(config))

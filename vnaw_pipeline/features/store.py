@@ -129,6 +129,11 @@ class FeatureStore:
         group = self._group.get(PLAIN)
         return sorted(group.array_keys()) if isinstance(group, zarr.Group) else []
 
+    def remove_partial_files(self) -> None:
+        """Remove what a killed run left of objects that it was writing. Not while another run writes into the store."""
+        for partial in self.path.rglob("*.partial"):
+            partial.unlink(missing_ok=True)
+
     def _array(self, view: str, video_id: str) -> zarr.Array[Any]:
         array = self._group.get(f"{view}/{video_id}")
         if not isinstance(array, zarr.Array):
