@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from vnaw_pipeline.checkpoints import save_tensors
 from vnaw_pipeline.config import EncoderConfig, PipelineConfig, dump_config
 from vnaw_pipeline.crops.source import decode_crop
 from vnaw_pipeline.errors import CheckpointError, ConfigError, StoreError
-from vnaw_pipeline.features.encoder import load_encoder
+from vnaw_pipeline.features.encoder import Preprocessing, build_encoder, encoder_of_weights, load_encoder
 from vnaw_pipeline.features.extract import extract_features, share_of
 from vnaw_pipeline.features.store import Unit, open_store
 
@@ -50,7 +51,7 @@ def test_embeddings_are_those_of_bare_timm(drawn: DrawnData, tiny_config: Pipeli
     frames = np.flatnonzero(valid)[[0, 5, -1]]
     for frame_index in frames:
         rgb = decode_crop((drawn.crops / row.crops / f"{frame_index + 1:05d}.jpg").read_bytes())
-        small = load_encoder(encoder).preprocessing.resize(rgb)
+        small = load_encoder(encoder).preprocessing.of_crop(rgb)
         image = torch.from_numpy(((small / 255 - mean) / std).transpose(2, 0, 1)[None]).float()
         with torch.inference_mode():
             wanted = bare(image)[0].numpy()
@@ -235,15 +236,62 @@ def test_weights_files_are_checked(tiny_config: PipelineConfig, tmp_path: Path) 
         load(tmp_path / "bare.safetensors", model_args={**config.model_args, "embed_dim": 16})
 
 
-def test_weights_for_another_normalisation_are_refused(tiny_config: PipelineConfig, tmp_path: Path) -> None:
-    config = tiny_config.encoder
+def test_weights_bring_their_preprocessing_and_refuse_another(tiny_config: PipelineConfig, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    config = tiny_config.encoder.model_copy(update={"weights": path})
     state = timm.create_model(config.name, num_classes=0, **config.model_args).state_dict()
-    header = {"encoder": config.name, "model_args": config.model_args, "mean": [0.5, 0.5, 0.5]}
-    save_tensors(tmp_path / "w.safetensors", state, header)
-    with pytest.raises(CheckpointError, match=r"mean: found \[0.5"):
-        load_encoder(config.model_copy(update={"weights": tmp_path / "w.safetensors"}))
-    asked = config.model_copy(update={"weights": tmp_path / "w.safetensors", "mean": (0.5, 0.5, 0.5)})
-    assert load_encoder(asked).preprocessing.mean == (0.5, 0.5, 0.5)
+    recorded = {"mean": [0.5, 0.5, 0.5], "grey": True, "detail_px": 48, "face_region": [0.1, 0.1, 0.9, 0.9]}
+    save_tensors(path, state, {"encoder": config.name, "model_args": config.model_args, **recorded})
+    found = load_encoder(config).preprocessing
+    assert found.mean == (0.5, 0.5, 0.5)
+    assert (found.grey, found.detail_px, found.face_region) == (True, 48, (0.1, 0.1, 0.9, 0.9))
+    assert found.std == (0.229, 0.224, 0.225), "not recorded: the model's own"
+    for change, words in (
+        ({"mean": (0.4, 0.5, 0.5)}, r"mean: found \[0.5"),
+        ({"detail_px": 64}, "detail_px: found 48"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            load_encoder(config.model_copy(update=change))
+
+
+def test_a_crop_is_cut_greyed_and_freed_of_detail() -> None:
+    """On a picture whose left half is red and whose right half is a one-pixel chequer, each step shows."""
+    rgb = np.zeros((96, 96, 3), np.uint8)
+    rgb[:, :48, 0] = 200
+    rgb[:, 48:][np.indices((96, 48)).sum(axis=0) % 2 == 0] = 255
+    plain = Preprocessing(input_px=96, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear")
+    assert np.array_equal(plain.of_crop(rgb), rgb)
+    assert len(np.unique(replace(plain, grey=True).of_crop(rgb)[:, :48])) == 1, "red has one grey, in all channels"
+    smooth = replace(plain, detail_px=48).of_crop(rgb)
+    assert smooth.shape == rgb.shape
+    assert np.ptp(smooth[:, 60:].astype(int)) <= 1, "the chequer is finer than 48 pixels can show"
+    right = replace(plain, face_region=(0.5, 0.0, 1.0, 0.5), input_px=48)
+    assert np.array_equal(right.of_crop(rgb), rgb[:48, 48:])
+    assert not np.array_equal(right.of_face(rgb), right.of_crop(rgb)), "a picture framed as in training is not cut"
+
+
+def test_damaged_weights_are_named_with_both_digests(tiny_config: PipelineConfig, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_tensors(path, {"a": torch.arange(1000.0)}, {"kind": "encoder"})
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"damaged: its digest is \w{12}, and it was written with \w{12}"):
+        load_encoder(tiny_config.encoder.model_copy(update={"weights": path}))
+
+
+def test_encoders_are_found_by_name_with_their_head() -> None:
+    """The head on the embedding gives the logits of the whole timm model with the same weights."""
+    config = encoder_of_weights("drawn_swin")
+    encoder = load_encoder(config)
+    whole, preprocessing, _ = build_encoder(config, len(encoder.outputs))
+    assert preprocessing == encoder.preprocessing
+    assert encoder.head is not None
+    images = torch.rand(2, 3, preprocessing.input_px, preprocessing.input_px)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder.head(encoder.model(images)), whole.eval()(images))
+    with pytest.raises(CheckpointError, match=r"'nonsense': not a file, and not one that ships \(.*drawn_swin"):
+        encoder_of_weights("nonsense")
 
 
 def test_embeddings_that_float16_cannot_hold_are_an_error(

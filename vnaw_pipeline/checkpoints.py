@@ -2,7 +2,8 @@
 
 import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vnaw_pipeline.errors import CheckpointError
-from vnaw_pipeline.provenance import atomic_path
+from vnaw_pipeline.provenance import atomic_path, digest_bytes
 
-_HEADER = "vnaw"
+_HEADER, _DIGEST = "vnaw", "digest"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and what describes them as one file: the old one or the new one is there, never a part."""
+    """Write tensors and what describes them as one file: the old one or the new one is there, never a part. The
+    digest of the tensors is in it, and is checked when they are read."""
+    kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    metadata = {_HEADER: json.dumps(header), _DIGEST: _digest(kept)}
     with atomic_path(path) as partial:
         try:
-            save_file(
-                {key: value.contiguous() for key, value in tensors.items()}, partial, {_HEADER: json.dumps(header)}
-            )
+            save_file(kept, partial, metadata)
         except SafetensorError as error:  # its word for any failed write, such as a full disk
             raise OSError(errno.EIO, str(error), str(path)) from error
 
@@ -37,12 +39,15 @@ def load_tensors(path: Path, allow_pickle: bool = False) -> tuple[dict[str, Tens
     if not path.is_file():
         raise CheckpointError(f"The weights file {path} is not there.")
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-                return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 -- not a dict
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+        with _opened(path) as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a dict
+        wanted = metadata.get(_DIGEST)
+        if wanted is not None and (found := _digest(tensors)) != wanted:
+            raise CheckpointError(
+                f"{path} is damaged: its digest is {found[:12]}, and it was written with {wanted[:12]}. Get it again."
+            )
+        return tensors, json.loads(metadata.get(_HEADER, "{}"))
     if not allow_pickle:
         raise CheckpointError(
             f"{path} is not a .safetensors file. A pickle can run code when it is read; if you trust where it comes "
@@ -53,6 +58,40 @@ def load_tensors(path: Path, allow_pickle: bool = False) -> tuple[dict[str, Tens
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read as tensors only: {error}") from error
     return _unwrap(content, path), {}
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What a checkpoint records of itself, without reading its tensors; empty for a foreign file or a pickle.
+
+    Raises:
+        CheckpointError: a damaged .safetensors file.
+    """
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    with _opened(path) as file:
+        header: dict[str, Any] = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+    return header
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and values."""
+    parts: list[bytes] = []
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        parts += [
+            f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode(),
+            tensor.reshape(-1).view(torch.uint8).numpy().tobytes(),
+        ]
+    return digest_bytes(*parts)
 
 
 def _unwrap(content: object, path: Path) -> dict[str, Tensor]:

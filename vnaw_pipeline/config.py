@@ -57,10 +57,28 @@ class EncoderConfig(_Section):
     (a .pth only with --allow-pickle), by its path or, of those that ship, by its name."""
     model_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `timm.create_model`, such as img_size or depths."""
+    input_px: int | None = Field(default=None, gt=0)
+    """Side of the images the encoder takes. This and what follows: null is as the weights file records it, else the
+    model's own (for a Swin give `model_args.img_size` too)."""
     mean: tuple[float, float, float] | None = None
-    """Channel means in [0, 1]; null: the encoder's own."""
+    """Channel means in [0, 1]."""
     std: tuple[float, float, float] | None = None
-    """Channel deviations in [0, 1]; null: the encoder's own."""
+    """Channel deviations in [0, 1]."""
+    grey: bool | None = None
+    """Take the colour out: for weights that were trained on grey images."""
+    detail_px: int | None = Field(default=None, gt=0)
+    """Shrink to this side first: for weights trained on images no larger, which know no finer detail."""
+    face_region: tuple[float, float, float, float] | None = None
+    """Part of an aligned crop that the encoder sees: x0, y0, x1, y1 in shares of its side. For weights trained on
+    pictures that frame a face more tightly than aligned crops do."""
+
+    @model_validator(mode="after")
+    def _region_lies_in_the_crop(self) -> Self:
+        if self.face_region is not None:
+            x0, y0, x1, y1 = self.face_region
+            if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+                raise ValueError(f"face_region must be x0 < x1 and y0 < y1 in [0, 1], got {self.face_region}")
+        return self
 
 
 class ExtractConfig(_Section):

@@ -4,20 +4,21 @@ Shapes: `B` frames of a batch, `S` input side in pixels, `D` embedding width.
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from vnaw_pipeline.checkpoints import load_tensors
+from vnaw_pipeline.checkpoints import load_tensors, read_header
 from vnaw_pipeline.config import EncoderConfig
+from vnaw_pipeline.crops.video import Rgb
 from vnaw_pipeline.errors import CheckpointError, ConfigError, listing
 from vnaw_pipeline.provenance import differences, digest_bytes
 
@@ -28,24 +29,47 @@ _CV2_INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What an encoder was trained to see: side in pixels, channel statistics in [0, 1], interpolation.
+    """What an encoder was trained to see; the fields are those of EncoderConfig, resolved.
 
-    The whole crop is resized to the side: face crops have no border to cut away, so timm's centre crop is not taken.
+    There is no centre crop as timm does it: a face crop has no border to cut away.
     """
 
     input_px: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
+    grey: bool = False
+    detail_px: int | None = None
+    face_region: tuple[float, float, float, float] | None = None
 
-    def resize(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Bring one crop (H, W, 3) to (S, S, 3); shrinking averages areas so that it does not alias."""
+    def of_crop(self, rgb: Rgb) -> Rgb:
+        """Bring an aligned crop (H, W, 3) to (S, S, 3): its face region, then as `of_face`."""
+        if self.face_region is not None:
+            (height, width), (x0, y0, x1, y1) = rgb.shape[:2], self.face_region
+            rgb = rgb[round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)]
+        return self.of_face(rgb)
+
+    def of_face(self, rgb: Rgb) -> Rgb:
+        """Bring a picture that is framed as the encoder's training pictures are to (S, S, 3)."""
+        if self.grey:
+            rgb = cv2.cvtColor(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB).astype(np.uint8, copy=False)
+        if self.detail_px is not None and max(rgb.shape[:2]) > self.detail_px:
+            rgb = self._resize(rgb, self.detail_px)
+        return self._resize(rgb, self.input_px)
+
+    def _resize(self, rgb: Rgb, side: int) -> Rgb:
+        """Shrinking averages areas so that it does not alias."""
         height, width = rgb.shape[:2]
-        if height == width == self.input_px:
+        if height == width == side:
             return rgb
-        shrinks = max(height, width) > self.input_px
+        shrinks = max(height, width) > side
         method = cv2.INTER_AREA if shrinks else _CV2_INTERPOLATION.get(self.interpolation, cv2.INTER_CUBIC)
-        return cv2.resize(rgb, (self.input_px, self.input_px), interpolation=method).astype(np.uint8, copy=False)
+        return cv2.resize(rgb, (side, side), interpolation=method).astype(np.uint8, copy=False)
+
+    def recorded(self) -> dict[str, Any]:
+        """As plain values, for a weights file's header and a store's fingerprint."""
+        values = asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def normalise(self, frames: Tensor) -> Tensor:
         """uint8 (B, S, S, 3) -> float32 (B, 3, S, S), on the device the frames are on."""
@@ -56,7 +80,10 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """A timm model without its head, its preprocessing, and the digest of its weights."""
+    """A timm model without its head, its preprocessing, and the digest of its weights.
+
+    `head` maps an embedding (B, D) to the logits (B, K) of `outputs`; None where the weights have no head of ours.
+    """
 
     name: str
     model_args: dict[str, Any]
@@ -64,6 +91,8 @@ class Encoder:
     preprocessing: Preprocessing
     embedding_dim: int
     weights_digest: str
+    head: nn.Module | None = None
+    outputs: tuple[str, ...] = ()
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides an embedding, for the feature store's attributes."""
@@ -71,10 +100,7 @@ class Encoder:
             "encoder": self.name,
             "model_args": self.model_args,
             "weights": self.weights_digest,
-            "input_px": self.preprocessing.input_px,
-            "mean": list(self.preprocessing.mean),
-            "std": list(self.preprocessing.std),
-            "interpolation": self.preprocessing.interpolation,
+            **self.preprocessing.recorded(),
         }
 
 
@@ -108,37 +134,54 @@ def create_model(config: EncoderConfig, num_classes: int, seed: int = 0) -> nn.M
     return model
 
 
-def preprocessing_of(model: nn.Module, config: EncoderConfig) -> Preprocessing:
-    """The model's own preprocessing as timm records it, with the overrides of `config`."""
-    data: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    input_px = config.model_args.get("img_size", data["input_size"][-1])
-    return Preprocessing(
-        input_px=int(input_px),
-        mean=config.mean or tuple(data["mean"]),
-        std=config.std or tuple(data["std"]),
-        interpolation=str(data["interpolation"]),
-    )
-
-
-def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = False) -> Encoder:
-    """Build the encoder without its head and load its weights; the model is in eval mode, without gradients.
+def build_encoder(
+    config: EncoderConfig, num_classes: int, seed: int = 0, allow_pickle: bool = False
+) -> tuple[nn.Module, Preprocessing, dict[str, Tensor]]:
+    """The timm model of `config` with its weights, the preprocessing that belongs to them, and the weights file's
+    tensors that the model has no place for (its head, if `num_classes` is 0).
 
     Raises:
         ConfigError: unknown model or arguments; weights that cannot be downloaded.
         CheckpointError: a weights file that is missing, damaged, a pickle not asked for, or of another model.
     """
-    model = create_model(config, num_classes=0, seed=seed)
+    model = create_model(config, num_classes, seed)
+    if not isinstance(config.weights, Path):
+        return model, _preprocessing(model, config, {}), {}
+    path = find_weights(config.weights)
+    state, header = load_tensors(path, allow_pickle)
+    preprocessing = _preprocessing(model, config, header)
+    wanted = {"encoder": config.name, "model_args": config.model_args, **preprocessing.recorded()}
+    if unlike := differences({key: header.get(key, value) for key, value in wanted.items()}, wanted):
+        raise CheckpointError(f"{path} holds another encoder than the config names: {'; '.join(unlike)}.")
+    classifier = _classifier_of(model)
+    current = model.state_dict()
+    head = {key: value for key, value in state.items() if key.startswith(f"{classifier}.")}
+    if any(key not in current or current[key].shape != value.shape for key, value in head.items()):
+        # The model has no head, or one for other outputs: the file's is left out.
+        state = {key: value for key, value in state.items() if key not in head}
+        state |= {key: value for key, value in current.items() if key.startswith(f"{classifier}.")}
+    else:
+        head = {}
+    _load_state(model, state, path, config)
+    return model, preprocessing, head
+
+
+def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = False) -> Encoder:
+    """Build the encoder and load its weights; the model is without its head, in eval mode, without gradients.
+
+    Raises:
+        ConfigError, CheckpointError: as `build_encoder`.
+    """
     if config.weights == "untrained":
         _LOG.warning(
             "UNTRAINED encoder: %s has random weights; its embeddings say nothing about expressions.", config.name
         )
-    elif isinstance(config.weights, Path):
-        load_weights(model, find_weights(config.weights), config, allow_pickle)
+    model, preprocessing, head_state = build_encoder(config, 0, seed, allow_pickle)
     model.eval().requires_grad_(False)
-    preprocessing = preprocessing_of(model, config)
     embedding = _try_forward(model, preprocessing.input_px, config)
     state = model.state_dict()
     parts = [part for name in sorted(state) for part in (name.encode(), _bytes_of(state[name]))]
+    outputs = tuple(weights_header(config.weights).get("outputs", ())) if isinstance(config.weights, Path) else ()
     return Encoder(
         name=config.name,
         model_args=config.model_args,
@@ -146,7 +189,66 @@ def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = Fals
         preprocessing=preprocessing,
         embedding_dim=embedding.shape[-1],
         weights_digest=digest_bytes(*parts),
+        head=_linear_head(head_state, embedding.shape[-1], len(outputs)),
+        outputs=outputs,
     )
+
+
+def encoder_of_weights(weights: str | Path) -> EncoderConfig:
+    """The config of an encoder whose weights file records what it is: one that ships, by its name (its ending may be
+    left out), or a file of ours.
+
+    Raises:
+        CheckpointError: no such file, or one that does not record its model.
+    """
+    path = Path(weights)
+    if not path.suffix and (WEIGHTS_DIR / f"{path}.safetensors").is_file():
+        path = Path(f"{path}.safetensors")
+    if not find_weights(path).is_file():
+        shipped = ", ".join(sorted(file.stem for file in WEIGHTS_DIR.glob("*.safetensors")))
+        raise CheckpointError(
+            f"There are no encoder weights '{weights}': not a file, and not one that ships ({shipped})."
+        )
+    header = weights_header(path)
+    if header.get("kind") != "encoder":
+        raise CheckpointError(
+            f"{path} does not record which encoder it holds. Give one that `vnaw pretrain` or `vnaw finetune` wrote."
+        )
+    return EncoderConfig(name=header["encoder"], weights=path, model_args=header["model_args"])
+
+
+def weights_header(path: Path) -> dict[str, Any]:
+    """What a weights file records of itself; empty for a foreign one."""
+    return read_header(find_weights(path))
+
+
+def _preprocessing(model: nn.Module, config: EncoderConfig, header: Mapping[str, Any]) -> Preprocessing:
+    """Each value as the config has it, else as the weights file records it, else as timm records it for the model."""
+    data: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    timms = {"input_px": config.model_args.get("img_size", data["input_size"][-1])}
+    timms |= {key: data[key] for key in ("mean", "std", "interpolation")}
+    values: dict[str, Any] = {}
+    for field in fields(Preprocessing):
+        chosen = getattr(config, field.name, None)
+        recorded = header.get(field.name, timms.get(field.name, field.default))
+        value = recorded if chosen is None else chosen
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return Preprocessing(**values)
+
+
+def _classifier_of(model: nn.Module) -> str:
+    """Name of the model's head among its tensors."""
+    return str(getattr(model, "default_cfg", {}).get("classifier", "head"))
+
+
+def _linear_head(state: Mapping[str, Tensor], embedding_dim: int, num_outputs: int) -> nn.Module | None:
+    weight = next((value for key, value in state.items() if key.endswith(".weight")), None)
+    bias = next((value for key, value in state.items() if key.endswith(".bias")), None)
+    if weight is None or bias is None or tuple(weight.shape) != (num_outputs, embedding_dim):
+        return None
+    head = nn.Linear(embedding_dim, num_outputs)
+    head.load_state_dict({"weight": weight, "bias": bias})
+    return head.eval().requires_grad_(False)
 
 
 def _try_forward(model: nn.Module, input_px: int, config: EncoderConfig) -> Tensor:
@@ -172,26 +274,8 @@ def find_weights(path: Path) -> Path:
     return shipped if not path.exists() and shipped.exists() else path
 
 
-def load_weights(model: nn.Module, path: Path, config: EncoderConfig, allow_pickle: bool = False) -> None:
-    """Load a weights file into `model`; the classifier of the file is left out if the model has none.
-
-    Raises:
-        CheckpointError: see `load_encoder`.
-    """
-    state, header = load_tensors(path, allow_pickle)
-    preprocessing = preprocessing_of(model, config)
-    wanted = {
-        "encoder": config.name,
-        "model_args": config.model_args,
-        "mean": list(preprocessing.mean),
-        "std": list(preprocessing.std),
-    }
-    made_for = {key: header.get(key, value) for key, value in wanted.items()}
-    if unlike := differences(made_for, wanted):
-        raise CheckpointError(f"{path} holds another encoder than the config names: {'; '.join(unlike)}.")
-    classifier = str(getattr(model, "default_cfg", {}).get("classifier", "head"))
+def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path, config: EncoderConfig) -> None:
     current = model.state_dict()
-    state = {key: value for key, value in state.items() if key in current or not key.startswith(f"{classifier}.")}
     problems = [f"missing {key}" for key in current if key not in state]
     problems += [f"unknown {key}" for key in state if key not in current]
     problems += [

@@ -164,7 +164,7 @@ def encode_units(
                 (jpeg,) = crops.read(frame_index, frame_index + 1)
                 if jpeg is None:
                     continue
-                batch[position] = preprocessing.resize(decode_crop(jpeg))
+                batch[position] = preprocessing.of_crop(decode_crop(jpeg))
             except (DataError, OSError) as error:
                 result.failures.append(Failure(result.unit.video_id, frame_index, str(error)))
             else:

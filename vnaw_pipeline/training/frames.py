@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from vnaw_pipeline.config import FinetuneConfig, LossConfig, PipelineConfig
 from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_listed_crops
 from vnaw_pipeline.errors import DataError
-from vnaw_pipeline.features.encoder import Preprocessing, create_model, find_weights, load_weights, preprocessing_of
+from vnaw_pipeline.features.encoder import Preprocessing, build_encoder
 from vnaw_pipeline.losses.expression import expression_loss
 from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.metrics import expression_scores
@@ -89,7 +89,7 @@ class LabelledFrames:
         video, frame_index = int(self._video[index]), int(self._frame[index])
         try:
             (jpeg,) = self._crops[video].read(frame_index, frame_index + 1)
-            images[position] = self._preprocessing.resize(decode_crop(jpeg or b""))
+            images[position] = self._preprocessing.of_crop(decode_crop(jpeg or b""))
         except (DataError, OSError) as error:
             self.unreadable[self._video_ids[video], frame_index] = str(error)
             return False
@@ -116,10 +116,7 @@ def finetune_encoder(
     state = process_state()
     task = TASKS[config.task]
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
-    model = create_model(config.encoder, len(task.outputs), config.seed)
-    if isinstance(config.encoder.weights, Path):
-        load_weights(model, find_weights(config.encoder.weights), config.encoder, allow_pickle)
-    preprocessing = preprocessing_of(model, config.encoder)
+    model, preprocessing, _ = build_encoder(config.encoder, len(task.outputs), config.seed, allow_pickle)
     train, validation = (
         _labelled_frames(videos, split, annotations_dir, crops_root, task, preprocessing)
         for split in ("train", "validation")
@@ -140,8 +137,7 @@ def finetune_encoder(
             "outputs": list(task.outputs),
             "encoder": config.encoder.name,
             "model_args": config.encoder.model_args,
-            "mean": list(preprocessing.mean),
-            "std": list(preprocessing.std),
+            **preprocessing.recorded(),
             "config": config.model_dump(mode="json", include=_SECTIONS),
             "labels": {"train": train.digest, "validation": validation.digest},
         },
