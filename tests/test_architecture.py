@@ -27,6 +27,7 @@ ORDER = [
     "folds",
     "manifests",
     "checks",
+    "facesets",
     "features",
     "windows",
     "temporal",

@@ -134,6 +134,26 @@ def crop(
 
 
 @app.command()
+def pretrain(
+    faces: Annotated[list[Path], typer.Option(help="Set of static faces to learn from. Repeatable.", exists=True)],
+    validation: Annotated[
+        list[Path], typer.Option(help="Set of faces that scores each epoch. Repeatable.", exists=True)
+    ],
+    run: Run,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Train the image encoder on static faces: FERPlus, RAF-DB, AffectNet, any of them."""
+    from vnaw_pipeline.config import load_config
+    from vnaw_pipeline.training.faces import pretrain_encoder
+
+    resolved = load_config(config, overrides)
+    _finish(pretrain_encoder(faces, validation, run, resolved, allow_pickle=allow_pickle, overwrite=overwrite))
+
+
+@app.command()
 def finetune(
     manifest: Manifest,
     annotations: Annotations,

@@ -94,6 +94,63 @@ class ExtractConfig(_Section):
     """A name for these crops in the fingerprint. null: from `crops.json` of `vnaw crop`, else 'unnamed'."""
 
 
+class ImageLossConfig(_Section):
+    """What a single image costs, where labels may be wrong."""
+
+    objective: Literal["ce", "gce", "elr", "bootstrap"] = "ce"
+    """Cross-entropy; generalised cross-entropy; early-learning regularisation; soft bootstrapping."""
+    gce_q: float = Field(default=0.7, gt=0, le=1)
+    """gce: 1 is the mean absolute error, towards 0 it becomes cross-entropy."""
+    elr_weight: float = Field(default=3.0, ge=0)
+    bootstrap_beta: float = Field(default=0.95, gt=0, le=1)
+    """bootstrap: share of the given label; the rest is the model's own prediction."""
+    weighting: Literal["none", "class", "naw"] = "none"
+    """`class`: inverse to the class's share of the labels; `naw`: by noise-aware adaptive weights."""
+    preset: Literal["nla", "public-code"] = "nla"
+    """NAW's constants."""
+    normalised: bool | None = None
+    """Gaussian's normaliser C; null: as the preset has it."""
+    weights_carry_gradient: bool = False
+    lam_a: float = Field(default=0.5, ge=0, le=1)
+    """naw: lam_a * loss + (1 - lam_a) * w * loss."""
+    naw_from: float = Field(default=0.0, ge=0, lt=1)
+    """Share of training after which NAW's weights are used."""
+    consistency: float = Field(default=0.0, ge=0, lt=1)
+    """lam: (1 - lam) * loss + lam * JSD between the predictions for an image and for its mirror image."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+class PretrainConfig(_Section):
+    """Training the encoder on static faces (NLA)."""
+
+    label_source: Literal["single", "majority", "votes"] = "votes"
+    """The one label a set ships; the majority of the voters; the distribution of their votes."""
+    loss: ImageLossConfig = ImageLossConfig()
+    teacher: Path | None = None
+    """Weights file (or the name of one that ships) of an encoder with a head, to learn from."""
+    teacher_share: float = Field(default=0.7, ge=0, le=1)
+    """With a teacher: (1 - share) * loss + share * divergence from the teacher's prediction for the same image."""
+    temperature: float = Field(default=2.0, gt=0)
+    """Of student and teacher in that divergence."""
+    sampling: Literal["balanced", "square-root", "uniform"] = "balanced"
+    """Draws with replacement: classes equally often, by the square root of their size, or as they are."""
+    vary_images: bool = True
+    """Mirror, turn, scale, shift and relight each image a little."""
+    erase_probability: float = Field(default=0.25, ge=0, le=1)
+    """Chance that a random rectangle of an image (2 to 20% of it) is erased."""
+    epochs: int = Field(default=60, gt=0)
+    batch_faces: int = Field(default=128, gt=0)
+    """Faces per optimiser step, over all processes."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup_share: float = Field(default=0.05, ge=0, lt=1)
+    """Share of all steps in which the learning rate rises linearly."""
+    ema_decay: float | None = Field(default=0.998, gt=0, lt=1)
+    """The model that is scored and kept is a moving average over steps with this decay; null: the model itself."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Accelerate's mixed precision."""
+
+
 class FinetuneConfig(_Section):
     """Fine-tuning the encoder on labelled frames, before extraction."""
 
@@ -230,6 +287,7 @@ class PipelineConfig(_Section):
     seed: int = Field(default=0, ge=0)
     crop: CropConfig = CropConfig()
     encoder: EncoderConfig = EncoderConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     extract: ExtractConfig = ExtractConfig()
     windows: WindowConfig = WindowConfig()

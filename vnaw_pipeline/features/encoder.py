@@ -15,6 +15,7 @@ import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vnaw_pipeline.checkpoints import load_tensors, read_header
 from vnaw_pipeline.config import EncoderConfig
@@ -65,6 +66,17 @@ class Preprocessing:
         shrinks = max(height, width) > side
         method = cv2.INTER_AREA if shrinks else _CV2_INTERPOLATION.get(self.interpolation, cv2.INTER_CUBIC)
         return cv2.resize(rgb, (side, side), interpolation=method).astype(np.uint8, copy=False)
+
+    def from_normalised(self, images: Tensor, given: "Preprocessing") -> Tensor:
+        """Images normalised for another encoder, (B, 3, S, S), brought to this one's statistics and side."""
+        mean, std, own_mean, own_std = (
+            torch.tensor(values, device=images.device).view(3, 1, 1)
+            for values in (given.mean, given.std, self.mean, self.std)
+        )
+        images = (images * std + mean - own_mean) / own_std
+        if given.input_px == self.input_px:
+            return images
+        return F.interpolate(images, size=self.input_px, mode="bilinear", antialias=True, align_corners=False)
 
     def recorded(self) -> dict[str, Any]:
         """As plain values, for a weights file's header and a store's fingerprint."""
@@ -144,7 +156,7 @@ def build_encoder(
         ConfigError: unknown model or arguments; weights that cannot be downloaded.
         CheckpointError: a weights file that is missing, damaged, a pickle not asked for, or of another model.
     """
-    model = create_model(config, num_classes, seed)
+    model = create_model(config, num_classes, seed).to(memory_format=torch.channels_last)  # as `normalise` gives images
     if not isinstance(config.weights, Path):
         return model, _preprocessing(model, config, {}), {}
     path = find_weights(config.weights)

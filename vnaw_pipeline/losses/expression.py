@@ -9,17 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vnaw_pipeline.config import LossConfig
-from vnaw_pipeline.losses.naw import NAW_PRESETS, NawConstants, naw_weights
+from vnaw_pipeline.losses.naw import constants_of, naw_weights
 from vnaw_pipeline.tasks import IGNORE_LABEL
 from vnaw_pipeline.windows.plan import window_labels
-
-
-def constants_of(config: LossConfig) -> NawConstants:
-    """The preset's constants, with the config's choice of the normaliser."""
-    preset = NAW_PRESETS[config.preset]
-    if config.normalised is None:
-        return preset
-    return NawConstants(preset.right, preset.wrong, normalised=config.normalised)
 
 
 def expression_loss(

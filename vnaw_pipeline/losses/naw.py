@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vnaw_pipeline.config import ImageLossConfig, LossConfig
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -44,6 +46,14 @@ NAW_PRESETS: dict[Literal["nla", "public-code"], NawConstants] = {
         normalised=False,
     ),
 }
+
+
+def constants_of(config: LossConfig | ImageLossConfig) -> NawConstants:
+    """The preset's constants, with the config's choice of the normaliser."""
+    preset = NAW_PRESETS[config.preset]
+    if config.normalised is None:
+        return preset
+    return NawConstants(preset.right, preset.wrong, normalised=config.normalised)
 
 
 def naw_weights(probabilities: Tensor, labels: Tensor, progress: float, constants: NawConstants) -> Tensor:

@@ -14,7 +14,6 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vnaw_pipeline.config import FinetuneConfig, LossConfig, PipelineConfig
 from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_listed_crops
@@ -28,6 +27,7 @@ from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import Failure, StageReport
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, Task
+from vnaw_pipeline.training.images import read_ahead, vary_images
 from vnaw_pipeline.training.loop import SCORE, Optimisation, Recipe, fit, seed_of, split_step
 from vnaw_pipeline.windows.plan import balanced_weights
 
@@ -207,9 +207,9 @@ def _epoch_steps(
     generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
     weights = balanced_weights(train.labels, num_classes)
     drawn = torch.multinomial(weights, settings.frames_per_epoch, replacement=True, generator=generator)
-    for of_step in drawn.tensor_split(-(-len(drawn) // settings.batch_frames)):
-        (mine,) = split_step(of_step, state.process_index, state.num_processes, accumulation=1)
-        batch = train.read(mine)
+    steps = drawn.tensor_split(-(-len(drawn) // settings.batch_frames))
+    mine = (split_step(step, state.process_index, state.num_processes, accumulation=1)[0] for step in steps)
+    for batch in read_ahead(train.read, mine):
         yield [FrameBatch(batch.images.to(state.device), batch.labels.to(state.device))]
 
 
@@ -221,27 +221,6 @@ def _objective(
     frame_loss = LossConfig(level="frame", weighting="none", label_smoothing=settings.label_smoothing)
     every = torch.ones_like(batch.labels, dtype=torch.bool)
     return expression_loss(logits[:, None], batch.labels[:, None], every[:, None], frame_loss, progress)
-
-
-def vary_images(images: Tensor) -> Tensor:
-    """Mirror half of the images, and turn, scale, shift, brighten and contrast each a little; (B, 3, S, S), normalised.
-
-    Draws from torch's global generator, which `fit` seeds by epoch and process. Drawn in float32 on the images' device.
-    """
-    count, device = len(images), images.device
-
-    def uniform(half_range: float) -> Tensor:
-        return (2 * torch.rand(count, device=device) - 1) * half_range
-
-    mirror = torch.where(torch.rand(count, device=device) < 0.5, -1.0, 1.0)
-    angle, scale = uniform(0.2), 1 + uniform(0.12)
-    cos, sin = angle.cos() * scale, angle.sin() * scale
-    rows = [cos * mirror, -sin, uniform(0.1), sin * mirror, cos, uniform(0.1)]
-    with torch.autocast(device.type, enabled=False):  # bf16 coordinates would be pixels off
-        grid = F.affine_grid(torch.stack(rows, dim=1).view(count, 2, 3), list(images.shape), align_corners=False)
-        varied = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    brightness, contrast = uniform(0.4), 1 + uniform(0.3)
-    return varied * contrast[:, None, None, None] + brightness[:, None, None, None]
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vnaw_pipeline.checkpoints import load_tensors, save_tensors
 from vnaw_pipeline.errors import CheckpointError, ConfigError
@@ -28,7 +30,7 @@ from vnaw_pipeline.stages import progress_bar
 Batch = TypeVar("Batch")
 SCORE = "macro_f1"
 """The metric that chooses the best epoch; higher is better."""
-_MODEL, _OPTIMISER = "model.", "optimiser."
+_MODEL, _AVERAGE, _OPTIMISER, _MEMORY = "model.", "average.", "optimiser.", "memory."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class Optimisation:
     precision: str
     tracker: str | None
     seed: int
+    ema_decay: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,8 @@ class Recipe(Generic[Batch]):
     after the other; every process gets as many steps and batches as the others. It is seeded by the epoch alone.
     `objective(model, batch, progress)` is the loss summed over the batch's units and their number, so that a step's
     gradient is the mean over its units, however they are split. `evaluate(model)` scores an epoch; `macro_f1` in it
-    chooses the best one. `header` describes the model in its checkpoints.
+    chooses the best one. `header` describes the model in its checkpoints. `memory` are tensors that the objective
+    changes from step to step; they go into the last checkpoint with the optimiser.
     """
 
     model: nn.Module
@@ -63,6 +67,7 @@ class Recipe(Generic[Batch]):
     evaluate: Callable[[nn.Module], dict[str, float]]
     header: Mapping[str, Any]
     label: str
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -89,7 +94,8 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
     recipe.model.to(accelerator.device)
     parameters = [p for p in recipe.model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay)
-    progress = _resume(folder.last, recipe, optimiser)
+    average = _moving_average(recipe.model, optimisation.ema_decay)
+    progress = _resume(folder.last, recipe, optimiser, average)
     model, optimiser = accelerator.prepare(recipe.model, optimiser)
     if accelerator.scaler is not None and progress.scaler is not None:
         accelerator.scaler.load_state_dict(progress.scaler)
@@ -111,17 +117,24 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
                 step_loss, step_units = _step(accelerator, recipe, optimisation, model, optimiser, batches, epoch)
                 loss_sum += step_loss
                 units += step_units
+                if average is not None:
+                    average.update_parameters(accelerator.unwrap_model(model))
                 bar.advance(1)
             train_loss = float(sum_over_processes(loss_sum) / sum_over_processes(units).clamp(min=1))
             model.eval()
             # Without the wrapper of mixed precision: an epoch is scored in float32, as predictions are made.
-            scores = recipe.evaluate(accelerator.unwrap_model(model, keep_fp32_wrapper=False))
+            kept = accelerator.unwrap_model(model, keep_fp32_wrapper=False) if average is None else average.module
+            kept.eval()
+            for buffer in kept.buffers():  # running statistics: each process has seen other batches
+                broadcast(buffer)
+            scores = recipe.evaluate(kept)
             row = {"epoch": epoch, "train_loss": train_loss, **scores, "seconds": time.monotonic() - started}
             progress.history.append(row)
             progress.epochs_done = epoch + 1
             accelerator.log({key: value for key, value in row.items() if key != "epoch"}, step=epoch)
             if accelerator.is_main_process:
-                _save(folder, recipe, accelerator.unwrap_model(model), optimiser, progress, accelerator.scaler)
+                tensors = _training_state(recipe, accelerator.unwrap_model(model), optimiser, average)
+                _save(folder, recipe, kept.state_dict(), tensors, progress, accelerator.scaler)
             progress.best_score = max(progress.best_score, scores[SCORE])
             accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -212,16 +225,37 @@ def _synchronised(accelerator: Accelerator, model: nn.Module, is_last: bool) -> 
     return nullcontext() if is_last else accelerator.no_sync(model)
 
 
-def _save(
-    folder: RunFolder, recipe: Recipe[Batch], model: nn.Module, optimiser: Any, progress: _Progress, scaler: Any
-) -> None:
-    weights = model.state_dict()
-    row = progress.history[-1]
-    if row[SCORE] > progress.best_score:
-        save_tensors(folder.best, weights, {**recipe.header, "epoch": row["epoch"], SCORE: row[SCORE]})
-    tensors = {f"{_MODEL}{key}": value for key, value in weights.items()}
+def _moving_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    if decay is None:
+        return None
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+
+def _training_state(
+    recipe: Recipe[Batch], model: nn.Module, optimiser: Any, average: AveragedModel | None
+) -> dict[str, Tensor]:
+    """All tensors that a continuation needs, by prefixed names."""
+    tensors = {f"{_MODEL}{key}": value for key, value in model.state_dict().items()}
+    tensors |= {f"{_MEMORY}{key}": value for key, value in recipe.memory.items()}
+    if average is not None:
+        tensors |= {f"{_AVERAGE}{key}": value for key, value in average.state_dict().items()}
     for index, state in optimiser.state_dict()["state"].items():
         tensors |= {f"{_OPTIMISER}{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    return tensors
+
+
+def _save(
+    folder: RunFolder,
+    recipe: Recipe[Batch],
+    kept: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    progress: _Progress,
+    scaler: Any,
+) -> None:
+    row = progress.history[-1]
+    if row[SCORE] > progress.best_score:
+        save_tensors(folder.best, kept, {**recipe.header, "epoch": row["epoch"], SCORE: row[SCORE]})
     header = {
         **recipe.header,
         "epochs_done": progress.epochs_done,
@@ -233,7 +267,9 @@ def _save(
     folder.write_metrics(progress.history)
 
 
-def _resume(path: Path, recipe: Recipe[Batch], optimiser: torch.optim.Optimizer) -> _Progress:
+def _resume(
+    path: Path, recipe: Recipe[Batch], optimiser: torch.optim.Optimizer, average: AveragedModel | None
+) -> _Progress:
     if not path.exists():
         return _Progress(0, [], -math.inf)
     tensors, header = load_tensors(path)
@@ -241,13 +277,18 @@ def _resume(path: Path, recipe: Recipe[Batch], optimiser: torch.optim.Optimizer)
         raise CheckpointError(
             f"{path} belongs to another run: {'; '.join(unlike)[:500]}. Give a new run folder, or --overwrite."
         )
-    recipe.model.load_state_dict(
-        {key.removeprefix(_MODEL): value for key, value in tensors.items() if key.startswith(_MODEL)}
-    )
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+    recipe.model.load_state_dict(part(_MODEL))
+    if average is not None:
+        average.load_state_dict(part(_AVERAGE))
+    for key, value in part(_MEMORY).items():
+        recipe.memory[key].copy_(value)
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith(_OPTIMISER):
-            index, name = key.removeprefix(_OPTIMISER).split(".")
-            state.setdefault(int(index), {})[name] = value
+    for key, value in part(_OPTIMISER).items():
+        index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = value
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
     return _Progress(header["epochs_done"], header["history"], header["best_score"], header["scaler"])

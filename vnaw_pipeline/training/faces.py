@@ -1,0 +1,250 @@
+"""Stage `pretrain`: the image encoder on static faces (NLA). Reads sets of faces, writes a run folder whose
+`best.safetensors` is what `encoder.weights` may name.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from vnaw_pipeline.config import PipelineConfig, PretrainConfig
+from vnaw_pipeline.errors import ConfigError, DataError
+from vnaw_pipeline.facesets import FaceSet, Split, join_faces, read_faces
+from vnaw_pipeline.features.encoder import Encoder, Preprocessing, build_encoder, encoder_of_weights, load_encoder
+from vnaw_pipeline.losses.images import distillation_loss, image_loss, jensen_shannon, update_memory
+from vnaw_pipeline.metrics import expression_scores
+from vnaw_pipeline.processes import process_state, sum_over_processes
+from vnaw_pipeline.runs import RunFolder
+from vnaw_pipeline.stages import StageReport
+from vnaw_pipeline.tasks import EXPRESSIONS, TASKS
+from vnaw_pipeline.training.images import erase_rectangles, read_ahead, vary_images
+from vnaw_pipeline.training.loop import SCORE, Optimisation, Recipe, fit, seed_of, split_step
+
+_SECTIONS = {"seed", "encoder", "pretrain"}
+"""What this stage reads of the config; the rest may change between a run and its continuation."""
+
+
+class FaceBatch(NamedTuple):
+    """Images uint8 (B, S, S, 3), targets float32 (B, K), and each face's place in the set, int64 (B,)."""
+
+    images: Tensor
+    targets: Tensor
+    place: Tensor
+
+
+class LabelledFaces:
+    """The faces of a set that have a target; reads them, brought to the encoder's size."""
+
+    def __init__(self, faces: FaceSet, targets: npt.NDArray[np.float32], preprocessing: Preprocessing) -> None:
+        self._faces = faces
+        self._index = np.flatnonzero(targets.sum(axis=1) > 0)
+        self.targets = torch.from_numpy(targets[self._index])
+        self._preprocessing = preprocessing
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="decode")
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def read(self, chosen: Tensor) -> FaceBatch:
+        """Read some of the faces, by their place (B,) among those that have a target."""
+        side = self._preprocessing.input_px
+        images = np.empty((len(chosen), side, side, 3), dtype=np.uint8)
+        for position, image in enumerate(self._pool.map(self._read_one, chosen.tolist())):
+            images[position] = image
+        return FaceBatch(torch.from_numpy(images), self.targets[chosen], chosen)
+
+    def _read_one(self, place: int) -> npt.NDArray[np.uint8]:
+        return self._preprocessing.of_face(self._faces.image(int(self._index[place])))
+
+
+def pretrain_encoder(
+    train: FaceSet | Sequence[Path],
+    validation: FaceSet | Sequence[Path],
+    run_dir: Path,
+    config: PipelineConfig,
+    *,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+) -> StageReport:
+    """Train the encoder and a linear head on static faces; every epoch scores all validation faces by their majority.
+
+    Validation faces without votes are scored by the one label they have.
+
+    Raises:
+        DataError: a set that cannot be read; no face with a label.
+        ConfigError, CheckpointError: as `build_encoder`; a teacher without a head; the folder holds another run.
+    """
+    started = time.monotonic()
+    state = process_state()
+    settings = config.pretrain
+    train, validation = _opened(train, "train"), _opened(validation, "validation")
+    model, preprocessing, _ = build_encoder(config.encoder, len(EXPRESSIONS), config.seed, allow_pickle)
+    learnt = LabelledFaces(train, train.targets(settings.label_source), preprocessing)
+    scored = LabelledFaces(validation, validation.targets("majority"), preprocessing)
+    for faces, what in ((learnt, f"label of source '{settings.label_source}'"), (scored, "majority label")):
+        if len(faces) == 0:
+            raise DataError(f"No face of the {'training' if faces is learnt else 'validation'} sets has a {what}.")
+    folder = RunFolder(run_dir)
+    if state.is_main_process:
+        folder.begin(config, _SECTIONS, overwrite)
+    state.wait_for_everyone()
+    teacher = _load_teacher(settings.teacher, config.seed) if settings.teacher is not None else None
+    memory = torch.zeros(len(learnt), len(EXPRESSIONS)) if settings.loss.objective == "elr" else None
+    recipe = Recipe(
+        model=model,
+        steps=partial(_epoch_steps, learnt, config),
+        objective=partial(_objective, preprocessing, settings, teacher, _class_weights(learnt.targets), memory),
+        evaluate=partial(_evaluate, scored, preprocessing, settings),
+        header={
+            "kind": "encoder",
+            "task": TASKS["expr8"].name,
+            "outputs": list(EXPRESSIONS),
+            "encoder": config.encoder.name,
+            "model_args": config.encoder.model_args,
+            **preprocessing.recorded(),
+            "config": config.model_dump(mode="json", include=_SECTIONS),
+            "labels": {"train": train.digest(), "validation": validation.digest()},
+            "teacher": teacher.weights_digest if teacher is not None else None,
+        },
+        label="pretrain",
+        memory={} if memory is None else {"elr": memory},
+    )
+    optimisation = Optimisation(
+        epochs=settings.epochs,
+        steps_per_epoch=-(-len(learnt) // settings.batch_faces),
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_share=settings.warmup_share,
+        max_grad_norm=1.0,
+        precision=settings.precision,
+        tracker=None,
+        seed=config.seed,
+        ema_decay=settings.ema_decay,
+    )
+    before = folder.epochs_done()
+    history = fit(recipe, optimisation, folder)
+    best = max(history, key=lambda row: row[SCORE])
+    report = StageReport(
+        "pretrain",
+        units="epochs",
+        done=len(history) - before,
+        skipped=before,
+        frames=(len(history) - before) * len(learnt),
+        seconds=time.monotonic() - started,
+        notes=[
+            f"best macro-F1 {100 * best[SCORE]:.2f}, accuracy {100 * best['accuracy']:.2f} on {len(scored)} validation "
+            f"faces, in epoch {best['epoch']}"
+        ],
+    )
+    if state.is_main_process:
+        folder.write_record(
+            stage="pretrain",
+            device=str(state.device),
+            processes=state.num_processes,
+            seed=config.seed,
+            faces={"train": len(learnt), "validation": len(scored)},
+            seconds=round(report.seconds, 1),
+            tuned={"epoch": f"best macro-F1 on the majority labels of the validation faces, epoch {best['epoch']}"},
+        )
+    return report
+
+
+def _opened(faces: FaceSet | Sequence[Path], split: Split) -> FaceSet:
+    return faces if isinstance(faces, FaceSet) else join_faces([read_faces(path, split) for path in faces])
+
+
+def _load_teacher(weights: Path, seed: int) -> Encoder:
+    teacher = load_encoder(encoder_of_weights(weights), seed)
+    if teacher.head is None or teacher.outputs != EXPRESSIONS:
+        raise ConfigError(f"pretrain.teacher {weights} has no head for the eight expressions.")
+    return teacher
+
+
+def _class_weights(targets: Tensor) -> Tensor:
+    """Inverse to each class's share of the targets, 1 on average over the targets; classes without any: 0."""
+    mass = targets.sum(dim=0)
+    weights = torch.where(mass > 0, 1 / mass.clamp(min=1e-9), 0.0)
+    return weights * mass.sum() / (weights * mass).sum()
+
+
+def _epoch_steps(learnt: LabelledFaces, config: PipelineConfig, epoch: int) -> Iterator[list[FaceBatch]]:
+    """This process's batches of an epoch of as many draws as there are faces."""
+    state = process_state()
+    settings = config.pretrain
+    generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
+    drawn = _draw(learnt.targets.argmax(dim=1), settings.sampling, generator)
+    steps = drawn.tensor_split(-(-len(drawn) // settings.batch_faces))
+    mine = (split_step(step, state.process_index, state.num_processes, accumulation=1)[0] for step in steps)
+    for batch in read_ahead(learnt.read, mine):
+        yield [FaceBatch(*(part.to(state.device) for part in batch))]
+
+
+def _draw(labels: Tensor, sampling: str, generator: torch.Generator) -> Tensor:
+    """As many draws as there are labels (N,). `uniform` takes each once; the others draw with replacement."""
+    if sampling == "uniform":
+        return torch.randperm(len(labels), generator=generator)
+    sizes = torch.bincount(labels, minlength=len(EXPRESSIONS)).double()
+    power = 1.0 if sampling == "balanced" else 0.5
+    return torch.multinomial(sizes[labels] ** -power, len(labels), replacement=True, generator=generator)
+
+
+def _objective(
+    preprocessing: Preprocessing,
+    settings: PretrainConfig,
+    teacher: Encoder | None,
+    class_weights: Tensor,
+    memory: Tensor | None,
+    model: nn.Module,
+    batch: FaceBatch,
+    progress: float,
+) -> tuple[Tensor, Tensor]:
+    images = preprocessing.normalise(batch.images)
+    if settings.vary_images:
+        images = vary_images(images)
+    clean = images
+    if settings.erase_probability:
+        images = erase_rectangles(images, settings.erase_probability)
+    logits = model(images)
+    rows = update_memory(memory, batch.place, logits) if memory is not None else None
+    total, count = image_loss(
+        logits, batch.targets, settings.loss, progress, class_weights=class_weights.to(logits.device), memory=rows
+    )
+    if settings.loss.consistency:
+        divergence = jensen_shannon(logits, model(images.flip(-1))).sum()
+        total = (1 - settings.loss.consistency) * total + settings.loss.consistency * divergence
+    if teacher is not None:
+        taught = distillation_loss(logits, _ask(teacher, clean, preprocessing), settings.temperature).sum()
+        total = (1 - settings.teacher_share) * total + settings.teacher_share * taught
+    return total, count
+
+
+@torch.no_grad()
+def _ask(teacher: Encoder, images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """The teacher's logits (B, K) for images that were normalised for the student, (B, 3, S, S)."""
+    assert teacher.head is not None
+    teacher.model.to(images.device)
+    teacher.head.to(images.device)
+    logits: Tensor = teacher.head(teacher.model(teacher.preprocessing.from_normalised(images, preprocessing)))
+    return logits
+
+
+@torch.inference_mode()
+def _evaluate(
+    scored: LabelledFaces, preprocessing: Preprocessing, settings: PretrainConfig, model: nn.Module
+) -> dict[str, float]:
+    state = process_state()
+    predicted = torch.zeros(len(scored), dtype=torch.int64, device=state.device)
+    mine = torch.arange(len(scored))[state.process_index :: state.num_processes]
+    for chosen in torch.split(mine, settings.batch_faces):
+        logits = model(preprocessing.normalise(scored.read(chosen).images.to(state.device)))
+        predicted[chosen.to(state.device)] = logits.argmax(dim=1)
+    predicted = sum_over_processes(predicted)  # each face by one process, 0 in the others
+    scores = expression_scores(scored.targets.argmax(dim=1).numpy(), predicted.cpu().numpy(), len(EXPRESSIONS))
+    return {SCORE: scores.macro_f1, "accuracy": scores.accuracy}
