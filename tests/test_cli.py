@@ -31,6 +31,15 @@ FROZEN_OPTIONS = {
     },
     "check": {"--manifest", "--crops", "--annotations", "--task", "--template", "--videos"},
     "crop": {"--out", "--config", "--set", "--overwrite"},
+    "pretrain": {
+        "--faces",
+        "--validation",
+        "--run-dir",
+        "--config",
+        "--set",
+        "--overwrite",
+        "--allow-pickle",
+    },
     "finetune": {
         "--manifest",
         "--annotations",
@@ -44,7 +53,7 @@ FROZEN_OPTIONS = {
     "extract": {"--manifest", "--crops", "--store", "--config", "--set", "--allow-pickle"},
     "train": {"--manifest", "--annotations", "--store", "--run-dir", "--config", "--set", "--fold", "--overwrite"},
     "predict": {"--manifest", "--store", "--run-dir", "--split", "--set"},
-    "evaluate": {"--manifest", "--annotations", "--run-dir", "--split", "--json"},
+    "evaluate": {"--manifest", "--annotations", "--run-dir", "--encoder", "--faces", "--split", "--json"},
     "submit": {"--run-dir", "--template", "--out", "--split"},
 }
 """A new option belongs in the config unless it says where; then add it here."""

@@ -228,18 +228,30 @@ def predict(
 
 @app.command()
 def evaluate(
-    manifest: Manifest,
-    annotations: Annotations,
-    run: Run,
+    manifest: Annotated[Path | None, typer.Option(help="Manifest of videos.", exists=True, dir_okay=False)] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)
+    ] = None,
+    run: Annotated[Path | None, typer.Option("--run-dir", help="Run folder with predictions.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Encoder with a head: a name that ships, or a file.")] = None,
+    faces: Annotated[Path | None, typer.Option(help="Set of static faces to score the encoder on.")] = None,
     split: Annotated[Split, typer.Option(help="Split to score.")] = "validation",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.", dir_okay=False)] = None,
 ) -> None:
-    """Score a run's predictions over every labelled frame; macro-F1 and F1 per class."""
+    """Score a run's predictions over every labelled frame (--manifest, --annotations, --run-dir), or an encoder's own
+    head on static faces (--encoder, --faces)."""
     from vnaw_pipeline.manifests import read_manifest
     from vnaw_pipeline.prediction.evaluate import evaluate_predictions, format_scores, scores_as_json
     from vnaw_pipeline.provenance import write_json
     from vnaw_pipeline.runs import open_run
 
+    if encoder is not None and faces is not None and manifest is annotations is run is None:
+        _evaluate_encoder(encoder, faces, split, json_file)
+        return
+    if manifest is None or annotations is None or run is None or encoder is not None or faces is not None:
+        raise ConfigError(
+            "Give --manifest, --annotations and --run-dir to score a run, or --encoder and --faces to score an encoder."
+        )
     opened = open_run(run)
     videos = opened.split_videos(read_manifest(manifest))
     scores = evaluate_predictions(videos, annotations, opened.folder.predictions(split), opened.config.task, split)
@@ -264,6 +276,19 @@ def submit(
     table = read_predictions(opened.folder.predictions(split), opened.task)
     lines = write_submission(table, template, out, opened.task)
     typer.echo(f"submit: {lines} lines written and read back -> {out}")
+
+
+def _evaluate_encoder(encoder: str, faces: Path, split: Split, json_file: Path | None) -> None:
+    from vnaw_pipeline.prediction.evaluate import format_scores
+    from vnaw_pipeline.prediction.faces import evaluate_faces
+    from vnaw_pipeline.provenance import write_json
+    from vnaw_pipeline.tasks import TASKS
+
+    found = evaluate_faces(encoder, faces, split)
+    typer.echo(format_scores(found.scores, TASKS["expr8"], "faces with a majority"))
+    typer.echo(f"{found.frames_per_second:.0f} faces/s")
+    if json_file is not None:
+        write_json(json_file, found.as_json())
 
 
 def _print_problems(problems: "list[Problem]") -> None:

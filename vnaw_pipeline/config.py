@@ -163,9 +163,22 @@ class FinetuneConfig(_Section):
     weight_decay: float = Field(default=0.05, ge=0)
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of all steps in which the learning rate rises linearly."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    loss: ImageLossConfig = ImageLossConfig()
+    """Of the expression."""
+    valence_arousal_weight: float = Field(default=0.0, ge=0)
+    """Weight of a second head's loss, on frames that have valence and arousal too; 0: no such head."""
+    action_units_weight: float = Field(default=0.0, ge=0)
+    """Weight of a third head's loss, on frames that have action units too; 0: no such head."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor of the learning rate from each layer to the one before it; 1: the same for all."""
+    frozen_stages: int = Field(default=0, ge=0)
+    """Stages, from the image on, that are not trained; the stem is the first."""
     vary_images: bool = True
     """Mirror, turn, scale, shift and relight each training image a little."""
+    erase_probability: float = Field(default=0.0, ge=0, le=1)
+    """Chance that a random rectangle of an image (2 to 20% of it) is erased."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """The model that is scored and kept is a moving average over steps with this decay; null: the model itself."""
     validation_frames: int = Field(default=5_000, gt=0)
     """Evenly spaced labelled validation frames that score each epoch."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

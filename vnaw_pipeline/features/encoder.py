@@ -14,6 +14,8 @@ import numpy as np
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -300,6 +302,32 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path, confi
             f"{path} does not fit {config.name} with {config.model_args or 'no arguments'}:\n{listing(problems, 5)}"
         )
     model.load_state_dict(state)
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float, frozen_stages: int
+) -> list[dict[str, Any]]:
+    """The model's parameters for its optimiser; each group's `lr_scale` is its factor of the learning rate.
+
+    The first `frozen_stages` stages, as timm groups the model's parameters, lose their gradient and are in no group.
+    With a `layer_decay` below 1 biases and norms have no weight decay, as is usual with it.
+
+    Raises:
+        ConfigError: more frozen stages than the model has, or a model whose parameters timm cannot group.
+    """
+    if frozen_stages == 0 and layer_decay == 1:
+        return [{"params": list(model.parameters()), "weight_decay": weight_decay, "lr_scale": 1.0}]
+    if not hasattr(model, "group_matcher"):
+        raise ConfigError("timm knows no layers of this encoder; layer_decay must be 1 and frozen_stages 0.")
+    grouping: Any = model
+    stages = group_parameters(model, grouping.group_matcher(coarse=True))
+    names = [names for _, names in sorted(stages.items())]
+    if frozen_stages >= len(names):
+        raise ConfigError(f"finetune.frozen_stages {frozen_stages} leaves nothing to train of {len(names)} stages.")
+    for name in (name for stage in names[:frozen_stages] for name in stage):
+        model.get_parameter(name).requires_grad_(False)
+    groups = param_groups_layer_decay(model, weight_decay=weight_decay, layer_decay=layer_decay)
+    return [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in groups]
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:

@@ -64,11 +64,11 @@ def predicted_classes(table: pd.DataFrame, num_frames: dict[str, int], task: Tas
     return classes
 
 
-def format_scores(scores: ExpressionScores, task: Task) -> str:
-    """Scores as lines of text, in percent."""
+def format_scores(scores: ExpressionScores, task: Task, units: str = "labelled frames") -> str:
+    """Scores as lines of text, in percent; `units` says what was scored."""
     lines = [f"{name:<12}F1 {100 * f1:6.2f}" for name, f1 in zip(task.outputs, scores.f1, strict=True)]
     lines.append(f"{'macro-F1':<15}{100 * scores.macro_f1:6.2f}")
-    lines.append(f"{'accuracy':<15}{100 * scores.accuracy:6.2f}   ({scores.num_frames} labelled frames)")
+    lines.append(f"{'accuracy':<15}{100 * scores.accuracy:6.2f}   ({scores.num_frames} {units})")
     return "\n".join(lines)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,25 +17,24 @@ from vnaw_pipeline.config import PipelineConfig, PretrainConfig
 from vnaw_pipeline.errors import ConfigError, DataError
 from vnaw_pipeline.facesets import FaceSet, Split, join_faces, read_faces
 from vnaw_pipeline.features.encoder import Encoder, Preprocessing, build_encoder, encoder_of_weights, load_encoder
-from vnaw_pipeline.losses.images import distillation_loss, image_loss, jensen_shannon, update_memory
+from vnaw_pipeline.losses.images import distillation_loss
 from vnaw_pipeline.metrics import expression_scores
 from vnaw_pipeline.processes import process_state, sum_over_processes
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import StageReport
 from vnaw_pipeline.tasks import EXPRESSIONS, TASKS
-from vnaw_pipeline.training.images import erase_rectangles, read_ahead, vary_images
+from vnaw_pipeline.training.images import (
+    ImageBatch,
+    LabelObjective,
+    erase_rectangles,
+    label_objective,
+    read_ahead,
+    vary_images,
+)
 from vnaw_pipeline.training.loop import SCORE, Optimisation, Recipe, fit, seed_of, split_step
 
 _SECTIONS = {"seed", "encoder", "pretrain"}
 """What this stage reads of the config; the rest may change between a run and its continuation."""
-
-
-class FaceBatch(NamedTuple):
-    """Images uint8 (B, S, S, 3), targets float32 (B, K), and each face's place in the set, int64 (B,)."""
-
-    images: Tensor
-    targets: Tensor
-    place: Tensor
 
 
 class LabelledFaces:
@@ -52,13 +50,13 @@ class LabelledFaces:
     def __len__(self) -> int:
         return len(self._index)
 
-    def read(self, chosen: Tensor) -> FaceBatch:
+    def read(self, chosen: Tensor) -> ImageBatch:
         """Read some of the faces, by their place (B,) among those that have a target."""
         side = self._preprocessing.input_px
         images = np.empty((len(chosen), side, side, 3), dtype=np.uint8)
         for position, image in enumerate(self._pool.map(self._read_one, chosen.tolist())):
             images[position] = image
-        return FaceBatch(torch.from_numpy(images), self.targets[chosen], chosen)
+        return ImageBatch(torch.from_numpy(images), self.targets[chosen], chosen)
 
     def _read_one(self, place: int) -> npt.NDArray[np.uint8]:
         return self._preprocessing.of_face(self._faces.image(int(self._index[place])))
@@ -96,11 +94,11 @@ def pretrain_encoder(
         folder.begin(config, _SECTIONS, overwrite)
     state.wait_for_everyone()
     teacher = _load_teacher(settings.teacher, config.seed) if settings.teacher is not None else None
-    memory = torch.zeros(len(learnt), len(EXPRESSIONS)) if settings.loss.objective == "elr" else None
+    against_labels = label_objective(settings.loss, learnt.targets)
     recipe = Recipe(
         model=model,
         steps=partial(_epoch_steps, learnt, config),
-        objective=partial(_objective, preprocessing, settings, teacher, _class_weights(learnt.targets), memory),
+        objective=partial(_objective, preprocessing, settings, teacher, against_labels),
         evaluate=partial(_evaluate, scored, preprocessing, settings),
         header={
             "kind": "encoder",
@@ -114,7 +112,7 @@ def pretrain_encoder(
             "teacher": teacher.weights_digest if teacher is not None else None,
         },
         label="pretrain",
-        memory={} if memory is None else {"elr": memory},
+        memory=against_labels.memory,
     )
     optimisation = Optimisation(
         epochs=settings.epochs,
@@ -167,14 +165,7 @@ def _load_teacher(weights: Path, seed: int) -> Encoder:
     return teacher
 
 
-def _class_weights(targets: Tensor) -> Tensor:
-    """Inverse to each class's share of the targets, 1 on average over the targets; classes without any: 0."""
-    mass = targets.sum(dim=0)
-    weights = torch.where(mass > 0, 1 / mass.clamp(min=1e-9), 0.0)
-    return weights * mass.sum() / (weights * mass).sum()
-
-
-def _epoch_steps(learnt: LabelledFaces, config: PipelineConfig, epoch: int) -> Iterator[list[FaceBatch]]:
+def _epoch_steps(learnt: LabelledFaces, config: PipelineConfig, epoch: int) -> Iterator[list[ImageBatch]]:
     """This process's batches of an epoch of as many draws as there are faces."""
     state = process_state()
     settings = config.pretrain
@@ -183,7 +174,7 @@ def _epoch_steps(learnt: LabelledFaces, config: PipelineConfig, epoch: int) -> I
     steps = drawn.tensor_split(-(-len(drawn) // settings.batch_faces))
     mine = (split_step(step, state.process_index, state.num_processes, accumulation=1)[0] for step in steps)
     for batch in read_ahead(learnt.read, mine):
-        yield [FaceBatch(*(part.to(state.device) for part in batch))]
+        yield [ImageBatch(*(part.to(state.device) for part in batch))]
 
 
 def _draw(labels: Tensor, sampling: str, generator: torch.Generator) -> Tensor:
@@ -199,28 +190,18 @@ def _objective(
     preprocessing: Preprocessing,
     settings: PretrainConfig,
     teacher: Encoder | None,
-    class_weights: Tensor,
-    memory: Tensor | None,
+    against_labels: LabelObjective,
     model: nn.Module,
-    batch: FaceBatch,
+    batch: ImageBatch,
     progress: float,
 ) -> tuple[Tensor, Tensor]:
-    images = preprocessing.normalise(batch.images)
+    whole = preprocessing.normalise(batch.images)
     if settings.vary_images:
-        images = vary_images(images)
-    clean = images
-    if settings.erase_probability:
-        images = erase_rectangles(images, settings.erase_probability)
-    logits = model(images)
-    rows = update_memory(memory, batch.place, logits) if memory is not None else None
-    total, count = image_loss(
-        logits, batch.targets, settings.loss, progress, class_weights=class_weights.to(logits.device), memory=rows
-    )
-    if settings.loss.consistency:
-        divergence = jensen_shannon(logits, model(images.flip(-1))).sum()
-        total = (1 - settings.loss.consistency) * total + settings.loss.consistency * divergence
+        whole = vary_images(whole)
+    images = erase_rectangles(whole, settings.erase_probability) if settings.erase_probability else whole
+    total, count, logits = against_labels(model, images, batch, progress)
     if teacher is not None:
-        taught = distillation_loss(logits, _ask(teacher, clean, preprocessing), settings.temperature).sum()
+        taught = distillation_loss(logits, _ask(teacher, whole, preprocessing), settings.temperature).sum()
         total = (1 - settings.teacher_share) * total + settings.teacher_share * taught
     return total, count
 

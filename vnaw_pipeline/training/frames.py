@@ -3,31 +3,42 @@ what `encoder.weights` of the extraction may name.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from vnaw_pipeline.config import FinetuneConfig, LossConfig, PipelineConfig
+from vnaw_pipeline.annotations import Labels, read_annotation
+from vnaw_pipeline.config import FinetuneConfig, PipelineConfig
 from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_listed_crops
 from vnaw_pipeline.errors import DataError
-from vnaw_pipeline.features.encoder import Preprocessing, build_encoder
-from vnaw_pipeline.losses.expression import expression_loss
+from vnaw_pipeline.features.encoder import Preprocessing, build_encoder, parameter_groups
+from vnaw_pipeline.layouts import find_annotations
+from vnaw_pipeline.losses.affect import affect_loss
+from vnaw_pipeline.losses.units import units_loss
 from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.metrics import expression_scores
 from vnaw_pipeline.processes import gather_all, process_state, sum_over_processes
 from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import Failure, StageReport
-from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, Task
-from vnaw_pipeline.training.images import read_ahead, vary_images
+from vnaw_pipeline.tasks import ACTION_UNITS, IGNORE_LABEL, TASKS, Task, TaskName
+from vnaw_pipeline.training.images import (
+    ImageBatch,
+    LabelObjective,
+    erase_rectangles,
+    label_objective,
+    read_ahead,
+    vary_images,
+)
 from vnaw_pipeline.training.loop import SCORE, Optimisation, Recipe, fit, seed_of, split_step
 from vnaw_pipeline.windows.plan import balanced_weights
 
@@ -36,23 +47,35 @@ _SECTIONS = {"task", "seed", "encoder", "finetune"}
 
 
 class FrameBatch(NamedTuple):
-    """Images uint8 (B, S, S, 3) as decoded, labels int64 (B,), IGNORE_LABEL where a crop could not be read."""
+    """Images with their expression targets; valence and arousal float32 (B, 2), NaN where there are none; action
+    units int8 (B, 12), -1 where there are none."""
 
-    images: Tensor
-    labels: Tensor
+    of_expression: ImageBatch
+    affect: Tensor
+    units: Tensor
 
 
 class LabelledFrames:
-    """Labelled frames that have a crop, of the videos of one split; reads crops, and remembers which cannot be read."""
+    """Frames with an expression and a crop, of the videos of one split; reads crops, and remembers which cannot be
+    read. Valence, arousal and action units are the same split's; a frame without them stays in.
+    """
 
     def __init__(
-        self, videos: pd.DataFrame, annotations_dir: Path, crops_root: Path, task: Task, preprocessing: Preprocessing
+        self,
+        videos: pd.DataFrame,
+        annotations_dir: Path,
+        crops_root: Path,
+        task: Task,
+        preprocessing: Preprocessing,
+        extra_tasks: Sequence[TaskName],
     ) -> None:
         labels = read_labels(videos, annotations_dir, task)
+        extras = {name: _labels_by_video(videos, annotations_dir, TASKS[name]) for name in extra_tasks}
         self._crops: list[VideoCrops] = []
         self._video_ids: list[str] = []
         self.failures: list[Failure] = []
         parts = [np.zeros((0, 3), dtype=np.int64)]
+        affect, units = [np.zeros((0, 2), np.float32)], [np.zeros((0, len(ACTION_UNITS)), np.int8)]
         for video_id, crops in zip(videos.video_id, videos.crops, strict=True):
             try:
                 source = open_listed_crops(crops_root, crops)
@@ -60,15 +83,21 @@ class LabelledFrames:
                 self.failures.append(Failure(video_id, None, str(error)))
                 continue
             frames = np.flatnonzero(source.present(len(labels[video_id])))
+            frames = frames[labels[video_id][frames] != IGNORE_LABEL]
             classes = labels[video_id][frames]
-            known = classes != IGNORE_LABEL
-            parts.append(np.stack([np.full(known.sum(), len(self._crops)), frames[known], classes[known]], axis=1))
+            parts.append(np.stack([np.full(len(frames), len(self._crops)), frames, classes], axis=1))
+            affect.append(_rows_at(extras.get("va", {}).get(video_id), frames, np.full(2, np.nan, np.float32)))
+            units.append(_rows_at(extras.get("au", {}).get(video_id), frames, np.full(len(ACTION_UNITS), -1, np.int8)))
             self._crops.append(source)
             self._video_ids.append(video_id)
         table = np.concatenate(parts).astype(np.int64)
         self._video, self._frame = table[:, 0], table[:, 1]
         self.labels = torch.from_numpy(table[:, 2].copy())
-        self.digest = digest_bytes(",".join(self._video_ids).encode(), table.tobytes())
+        self.targets = F.one_hot(self.labels, len(task.outputs)).float()
+        self.affect, self.units = torch.from_numpy(np.concatenate(affect)), torch.from_numpy(np.concatenate(units))
+        self.digest = digest_bytes(
+            ",".join(self._video_ids).encode(), table.tobytes(), *(np.concatenate(x).tobytes() for x in (affect, units))
+        )
         self._preprocessing = preprocessing
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="decode")
         self.unreadable: dict[tuple[str, int], str] = {}
@@ -82,8 +111,11 @@ class LabelledFrames:
         images = np.zeros((len(chosen), side, side, 3), dtype=np.uint8)
         read = self._pool.map(partial(self._read_one, images), range(len(chosen)), chosen.tolist())
         readable = torch.tensor(list(read))
-        labels = self.labels[chosen].masked_fill(~readable, IGNORE_LABEL)
-        return FrameBatch(torch.from_numpy(images), labels)
+        return FrameBatch(
+            ImageBatch(torch.from_numpy(images), self.targets[chosen] * readable[:, None], chosen),
+            self.affect[chosen].masked_fill(~readable[:, None], torch.nan),
+            self.units[chosen].masked_fill(~readable[:, None], IGNORE_LABEL),
+        )
 
     def _read_one(self, images: npt.NDArray[np.uint8], position: int, index: int) -> bool:
         video, frame_index = int(self._video[index]), int(self._frame[index])
@@ -116,9 +148,11 @@ def finetune_encoder(
     state = process_state()
     task = TASKS[config.task]
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
-    model, preprocessing, _ = build_encoder(config.encoder, len(task.outputs), config.seed, allow_pickle)
+    extra_tasks = [name for name, weight in _extra_weights(config.finetune).items() if weight]
+    num_outputs = len(task.outputs) + sum(len(TASKS[name].outputs) for name in extra_tasks)
+    model, preprocessing, _ = build_encoder(config.encoder, num_outputs, config.seed, allow_pickle)
     train, validation = (
-        _labelled_frames(videos, split, annotations_dir, crops_root, task, preprocessing)
+        _labelled_frames(videos, split, annotations_dir, crops_root, task, preprocessing, extra_tasks)
         for split in ("train", "validation")
     )
     folder = RunFolder(run_dir)
@@ -126,15 +160,18 @@ def finetune_encoder(
         folder.begin(config, _SECTIONS, overwrite)
     state.wait_for_everyone()
     settings = config.finetune
+    against_labels = label_objective(settings.loss, train.targets)
+    groups = parameter_groups(model, settings.weight_decay, settings.layer_decay, settings.frozen_stages)
     recipe = Recipe(
         model=model,
         steps=partial(_epoch_steps, train, config, len(task.outputs)),
-        objective=partial(_objective, preprocessing, settings),
+        objective=partial(_objective, preprocessing, settings, against_labels),
         evaluate=partial(_evaluate, validation, preprocessing, settings, len(task.outputs)),
         header={
             "kind": "encoder",
             "task": task.name,
             "outputs": list(task.outputs),
+            "extra_heads": extra_tasks,
             "encoder": config.encoder.name,
             "model_args": config.encoder.model_args,
             **preprocessing.recorded(),
@@ -142,6 +179,8 @@ def finetune_encoder(
             "labels": {"train": train.digest, "validation": validation.digest},
         },
         label="finetune",
+        memory=against_labels.memory,
+        parameter_groups=groups,
     )
     optimisation = Optimisation(
         epochs=settings.epochs,
@@ -153,6 +192,7 @@ def finetune_encoder(
         precision=settings.precision,
         tracker=None,
         seed=config.seed,
+        ema_decay=settings.ema_decay,
     )
     before = folder.epochs_done()
     history = fit(recipe, optimisation, folder)
@@ -190,9 +230,12 @@ def _labelled_frames(
     crops_root: Path,
     task: Task,
     preprocessing: Preprocessing,
+    extra_tasks: Sequence[TaskName],
 ) -> LabelledFrames:
     videos = videos[(videos.split == split) & (videos.annotation != "")]
-    frames = LabelledFrames(videos, annotations_dir, crops_root, task, preprocessing) if len(videos) else None
+    frames = None
+    if len(videos):
+        frames = LabelledFrames(videos, annotations_dir, crops_root, task, preprocessing, extra_tasks)
     if frames is None or len(frames) == 0:
         raise DataError(f"No frame of the split '{split}' has both a crop and a label for task '{task.name}'.")
     return frames
@@ -210,17 +253,53 @@ def _epoch_steps(
     steps = drawn.tensor_split(-(-len(drawn) // settings.batch_frames))
     mine = (split_step(step, state.process_index, state.num_processes, accumulation=1)[0] for step in steps)
     for batch in read_ahead(train.read, mine):
-        yield [FrameBatch(batch.images.to(state.device), batch.labels.to(state.device))]
+        of_expression = ImageBatch(*(part.to(state.device) for part in batch.of_expression))
+        yield [FrameBatch(of_expression, batch.affect.to(state.device), batch.units.to(state.device))]
+
+
+def _extra_weights(settings: FinetuneConfig) -> dict[TaskName, float]:
+    """Weights of the losses beside the expression's, in the order of their heads."""
+    return {"va": settings.valence_arousal_weight, "au": settings.action_units_weight}
+
+
+def _labels_by_video(videos: pd.DataFrame, annotations_dir: Path, task: Task) -> dict[str, Labels]:
+    """Another task's labels of the videos that it has in the same split."""
+    wanted = set(zip(videos.split, videos.video_id, strict=True))
+    found = [file for file in find_annotations(annotations_dir, task) if (file.split, file.video_id) in wanted]
+    return {file.video_id: read_annotation(annotations_dir / file.path, task) for file in found}
+
+
+def _rows_at(labels: Labels | None, frames: npt.NDArray[np.int64], nothing: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The labels (T, C) of some frames; frames beyond the last row, or of no labels at all, have `nothing` (C,)."""
+    rows = np.tile(nothing, (len(frames), 1))
+    if labels is not None:
+        known = frames < len(labels)
+        rows[known] = labels[frames[known]]
+    return rows
 
 
 def _objective(
-    preprocessing: Preprocessing, settings: FinetuneConfig, model: nn.Module, batch: FrameBatch, progress: float
+    preprocessing: Preprocessing,
+    settings: FinetuneConfig,
+    against_labels: LabelObjective,
+    model: nn.Module,
+    batch: FrameBatch,
+    progress: float,
 ) -> tuple[Tensor, Tensor]:
-    images = preprocessing.normalise(batch.images)
-    logits = model(vary_images(images) if settings.vary_images else images)
-    frame_loss = LossConfig(level="frame", weighting="none", label_smoothing=settings.label_smoothing)
-    every = torch.ones_like(batch.labels, dtype=torch.bool)
-    return expression_loss(logits[:, None], batch.labels[:, None], every[:, None], frame_loss, progress)
+    images = preprocessing.normalise(batch.of_expression.images)
+    if settings.vary_images:
+        images = vary_images(images)
+    if settings.erase_probability:
+        images = erase_rectangles(images, settings.erase_probability)
+    total, count, outputs = against_labels(model, images, batch.of_expression, progress)
+    extra = outputs[:, batch.of_expression.targets.shape[1] :]
+    # The other heads' losses are means over the frames that have their labels, and count like that many expressions.
+    if settings.valence_arousal_weight:
+        predicted, extra = extra[:, :2].tanh(), extra[:, 2:]
+        total = total + settings.valence_arousal_weight * count * affect_loss(predicted, batch.affect)
+    if settings.action_units_weight:
+        total = total + settings.action_units_weight * count * units_loss(extra, batch.units)
+    return total, count
 
 
 @torch.inference_mode()
@@ -238,8 +317,8 @@ def _evaluate(
     mine = torch.arange(len(chosen))[state.process_index :: state.num_processes]
     for positions in torch.split(mine, settings.batch_frames):
         batch = validation.read(chosen[positions])
-        logits = model(preprocessing.normalise(batch.images.to(state.device)))
-        predicted[positions.to(state.device)] = logits.argmax(dim=1)
+        images = preprocessing.normalise(batch.of_expression.images.to(state.device))
+        predicted[positions.to(state.device)] = model(images)[:, :num_classes].argmax(dim=1)
     predicted = sum_over_processes(predicted)  # each frame by one process, 0 in the others
     scores = expression_scores(validation.labels[chosen].numpy(), predicted.cpu().numpy(), num_classes)
     return {SCORE: scores.macro_f1, "accuracy": scores.accuracy}

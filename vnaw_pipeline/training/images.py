@@ -1,18 +1,84 @@
-"""What both encoder recipes share: reading ahead, and changing images without changing what they show.
+"""What both encoder recipes share: reading ahead, changing images without changing what they show, and the objective.
 
-`B` images, `S` side in pixels. Draws come from torch's global generator, which `fit` seeds by epoch and process.
+`B` images, `S` side in pixels, `K` classes. Draws come from torch's global generator, which `fit` seeds by
+epoch and process.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vnaw_pipeline.config import ImageLossConfig
+from vnaw_pipeline.errors import ConfigError
+from vnaw_pipeline.losses.images import image_loss, jensen_shannon, update_memory
+from vnaw_pipeline.processes import process_state
 
 Chosen = TypeVar("Chosen")
 Batch = TypeVar("Batch")
+
+
+class ImageBatch(NamedTuple):
+    """Images uint8 (B, S, S, 3); targets float32 (B, K), zeros where there is no label; each image's place among all
+    that are learnt from, int64 (B,)."""
+
+    images: Tensor
+    targets: Tensor
+    place: Tensor
+
+
+@dataclass(frozen=True)
+class LabelObjective:
+    """The configured loss of images against their labels, with what it knows of all N of them."""
+
+    config: ImageLossConfig
+    class_weights: Tensor
+    memory: dict[str, Tensor]
+    """For early-learning regularisation: 'predictions' (N, K), each image's moving average; else empty."""
+
+    def __call__(
+        self, model: nn.Module, images: Tensor, batch: ImageBatch, progress: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of the loss over the labelled images (B, 3, S, S) and their number; the model's outputs (B, K or more),
+        whose first K columns are the logits."""
+        outputs = model(images)
+        logits = outputs[:, : batch.targets.shape[1]]
+        rows = update_memory(self.memory["predictions"], batch.place, logits) if self.memory else None
+        total, count = image_loss(
+            logits,
+            batch.targets,
+            self.config,
+            progress,
+            class_weights=self.class_weights.to(logits.device),
+            memory=rows,
+        )
+        if self.config.consistency:
+            mirrored = model(images.flip(-1))[:, : logits.shape[1]]
+            divergence = jensen_shannon(logits, mirrored)[batch.targets.sum(dim=1) > 0].sum()
+            total = (1 - self.config.consistency) * total + self.config.consistency * divergence
+        return total, count, outputs
+
+
+def label_objective(config: ImageLossConfig, targets: Tensor) -> LabelObjective:
+    """The objective for a set of targets (N, K).
+
+    Raises:
+        ConfigError: early-learning regularisation in several processes, each of which would remember a part.
+    """
+    state = process_state()
+    if config.objective == "elr" and state.num_processes > 1:
+        raise ConfigError("objective elr remembers every image's predictions, so it runs in one process only.")
+    mass = targets.sum(dim=0)
+    weights = torch.where(mass > 0, 1 / mass.clamp(min=1e-9), 0.0)
+    weights = weights * mass.sum() / (weights * mass).sum()  # 1 on average over the targets
+    memory = {"predictions": torch.zeros_like(targets, device=state.device)} if config.objective == "elr" else {}
+    return LabelObjective(config, weights, memory)
+
+
 _ERASED_SHARE = (0.02, 0.2)
 _ASPECT = (0.3, 3.3)
 

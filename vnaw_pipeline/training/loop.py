@@ -58,7 +58,9 @@ class Recipe(Generic[Batch]):
     `objective(model, batch, progress)` is the loss summed over the batch's units and their number, so that a step's
     gradient is the mean over its units, however they are split. `evaluate(model)` scores an epoch; `macro_f1` in it
     chooses the best one. `header` describes the model in its checkpoints. `memory` are tensors that the objective
-    changes from step to step; they go into the last checkpoint with the optimiser.
+    changes from step to step; they go into the last checkpoint with the optimiser. `parameter_groups` are the
+    optimiser's, each with its own `lr_scale`; None: all parameters alike. A module whose parameters all lost their
+    gradient stays in eval mode, so that its running statistics stay too.
     """
 
     model: nn.Module
@@ -68,6 +70,7 @@ class Recipe(Generic[Batch]):
     header: Mapping[str, Any]
     label: str
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+    parameter_groups: list[dict[str, Any]] | None = None
 
 
 @dataclass
@@ -92,8 +95,8 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
     """
     accelerator = _open_accelerator(optimisation, folder.path)
     recipe.model.to(accelerator.device)
-    parameters = [p for p in recipe.model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay)
+    groups = recipe.parameter_groups or [{"params": list(recipe.model.parameters())}]
+    optimiser = torch.optim.AdamW(groups, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay)
     average = _moving_average(recipe.model, optimisation.ema_decay)
     progress = _resume(folder.last, recipe, optimiser, average)
     model, optimiser = accelerator.prepare(recipe.model, optimiser)
@@ -107,13 +110,13 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
         for epoch in range(progress.epochs_done, optimisation.epochs):
             started = time.monotonic()
             torch.manual_seed(seed_of(optimisation.seed, epoch, accelerator.process_index))
-            model.train()
+            _train_mode(model)
             loss_sum = torch.zeros((), device=accelerator.device, dtype=torch.float64)
             units = torch.zeros_like(loss_sum)
             for step, batches in enumerate(recipe.steps(epoch)):
                 rate = learning_rate_share(epoch * optimisation.steps_per_epoch + step, optimisation)
                 for group in optimiser.param_groups:
-                    group["lr"] = optimisation.learning_rate * rate
+                    group["lr"] = optimisation.learning_rate * rate * group.get("lr_scale", 1.0)
                 step_loss, step_units = _step(accelerator, recipe, optimisation, model, optimiser, batches, epoch)
                 loss_sum += step_loss
                 units += step_units
@@ -141,6 +144,14 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
         folder.write_metrics(progress.history)
     accelerator.end_training()
     return progress.history
+
+
+def _train_mode(model: nn.Module) -> None:
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters(recurse=False))
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
 
 
 def learning_rate_share(step: int, optimisation: Optimisation) -> float:

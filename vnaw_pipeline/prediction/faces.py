@@ -1,0 +1,102 @@
+"""Scoring an encoder's own head on static faces, by the path that videos take: float16 embeddings, then the head."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vnaw_pipeline.errors import CheckpointError, DataError
+from vnaw_pipeline.facesets import FaceSet, Split, read_faces
+from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_encoder, resolve_precision
+from vnaw_pipeline.features.extract import make_encode, one_core_per_forward
+from vnaw_pipeline.metrics import ExpressionScores, expression_scores
+from vnaw_pipeline.processes import process_state
+from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL
+
+_BATCH_FACES = 64
+
+
+@dataclass(frozen=True)
+class FaceScores:
+    """Scores against the majority of the voters, and how many faces were read, resized and encoded per second."""
+
+    scores: ExpressionScores
+    frames_per_second: float
+
+    def as_json(self) -> dict[str, Any]:
+        """As a JSON object: shares in [0, 1]; per class its F1, recall and number of faces."""
+        confusion = self.scores.confusion
+        return {
+            "accuracy": self.scores.accuracy,
+            "macro_f1": self.scores.macro_f1,
+            "per_class": {
+                name: {
+                    "f1": float(self.scores.f1[index]),
+                    "recall": float(confusion[index, index] / max(1, confusion[index].sum())),
+                    "num_faces": int(confusion[index].sum()),
+                }
+                for index, name in enumerate(EXPRESSIONS)
+            },
+            "confusion": confusion.tolist(),
+            "num_faces": self.scores.num_frames,
+            "frames_per_second": round(self.frames_per_second, 1),
+        }
+
+
+def evaluate_faces(encoder: str | Path, faces: Path | FaceSet, split: Split = "validation") -> FaceScores:
+    """Score an encoder's head on every face that has a majority label.
+
+    Args:
+        encoder: the name of one that ships, or a weights file that records what it is.
+        faces: a set of static faces; of one with splits, its `split`.
+
+    Raises:
+        CheckpointError: no such encoder, or one without a head for the eight expressions.
+        DataError: faces that cannot be read, or none with a majority.
+    """
+    opened = read_faces(faces, split) if isinstance(faces, Path) else faces
+    labels = opened.majority()
+    chosen = np.flatnonzero(labels != IGNORE_LABEL)
+    if len(chosen) == 0:
+        raise DataError(f"None of the {len(opened)} faces has a majority label.")
+    started = time.monotonic()
+    predicted = classify(load_classifier(encoder), opened, chosen).argmax(axis=1)
+    seconds = time.monotonic() - started
+    return FaceScores(expression_scores(labels[chosen], predicted, len(EXPRESSIONS)), len(chosen) / seconds)
+
+
+def load_classifier(weights: str | Path) -> Encoder:
+    """An encoder with a head for the eight expressions.
+
+    Raises:
+        CheckpointError: no such encoder, or it has no such head.
+    """
+    encoder = load_encoder(encoder_of_weights(weights))
+    if encoder.head is None or encoder.outputs != EXPRESSIONS:
+        raise CheckpointError(f"{weights} has no head for the eight expressions; it is an encoder for features only.")
+    return encoder
+
+
+def classify(encoder: Encoder, faces: FaceSet, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Probabilities (N, K) of the chosen faces (N,), by the encoder's head."""
+    device = process_state().device
+    side = encoder.preprocessing.input_px
+    assert encoder.head is not None
+    head = encoder.head
+
+    with one_core_per_forward(device) as forwards, ThreadPoolExecutor(forwards) as pool:
+        encode = make_encode(encoder, resolve_precision("auto", device), device, forwards)
+
+        @torch.inference_mode()
+        def run(part: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+            images = np.empty((len(part), side, side, 3), np.uint8)
+            for position, index in enumerate(part.tolist()):
+                images[position] = encoder.preprocessing.of_face(faces.image(index))
+            return np.asarray(head(torch.from_numpy(encode(images)).float()).softmax(dim=1).numpy())
+
+        return np.concatenate(list(pool.map(run, np.split(chosen, range(_BATCH_FACES, len(chosen), _BATCH_FACES)))))
