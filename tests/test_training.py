@@ -3,7 +3,6 @@
 import itertools
 import json
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,20 +13,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from vnaw_pipeline.checkpoints import load_tensors, save_tensors
 from vnaw_pipeline.config import PipelineConfig, PredictConfig, dump_config, load_config
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError, StoreError
-from vnaw_pipeline.features.encoder import load_encoder
 from vnaw_pipeline.features.store import create_store, open_store
 from vnaw_pipeline.manifests import build_manifest
 from vnaw_pipeline.prediction.evaluate import evaluate_predictions
 from vnaw_pipeline.prediction.predict import predict_videos
 from vnaw_pipeline.runs import RunFolder, open_run
 from vnaw_pipeline.tasks import TASKS
-from vnaw_pipeline.training.frames import finetune_encoder
 from vnaw_pipeline.training.loop import Optimisation, Recipe, fit, learning_rate_share, split_step
 from vnaw_pipeline.training.windows import train_windows
 
@@ -445,43 +441,3 @@ def test_coarse_label_space_trains_and_predicts(
     assert scores.confusion.shape == (5, 5)
     with pytest.raises(DataError, match="no column p_anger"):
         evaluate_predictions(drawn.manifest, drawn.annotations, predictions, "expr8")
-
-
-def test_finetuning_writes_an_encoder_that_extraction_loads(
-    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
-) -> None:
-    run = tmp_path / "ft"
-    report = finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, run, tiny_config)
-    assert report.ok
-    assert len(losses(run)) == 2
-    best = run / "checkpoint" / "best.safetensors"
-    tuned = load_encoder(tiny_config.encoder.model_copy(update={"weights": best}))
-    assert tuned.weights_digest != load_encoder(tiny_config.encoder).weights_digest
-    weights = load_file(best)
-    for name, value in tuned.model.state_dict().items():
-        assert torch.equal(value, weights[name])
-    with pytest.raises(CheckpointError, match="not the checkpoint of a temporal model"):
-        open_run(run)
-
-
-def test_finetuning_goes_on_without_a_video_that_has_no_crops_and_refuses_other_labels(
-    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
-) -> None:
-    rows = drawn.manifest.copy()
-    rows.loc[0, "crops"] = ""
-    report = finetune_encoder(rows, drawn.annotations, drawn.crops, tmp_path / "ft", tiny_config)
-    assert [failure.video_id for failure in report.failures] == [rows.video_id[0]]
-    assert len(losses(tmp_path / "ft")) == 2
-    with pytest.raises(CheckpointError, match="labels: found"):
-        finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, tmp_path / "ft", tiny_config)
-
-
-def test_finetuning_names_crops_it_cannot_read(drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path) -> None:
-    shutil.copytree(drawn.crops, tmp_path / "crops")
-    rows = drawn.manifest[drawn.manifest.split == "train"]
-    for image in (tmp_path / "crops" / rows.crops.iloc[0]).glob("*.jpg"):
-        image.write_bytes(b"")
-    report = finetune_encoder(drawn.manifest, drawn.annotations, tmp_path / "crops", tmp_path / "ft", tiny_config)
-    assert not report.ok
-    assert {failure.video_id for failure in report.failures} == {rows.video_id.iloc[0]}
-    assert "empty" in (tmp_path / "ft" / "status.csv").read_text()

@@ -258,10 +258,10 @@ def _classifier_of(model: nn.Module) -> str:
 def _linear_head(state: Mapping[str, Tensor], embedding_dim: int, num_outputs: int) -> nn.Module | None:
     weight = next((value for key, value in state.items() if key.endswith(".weight")), None)
     bias = next((value for key, value in state.items() if key.endswith(".bias")), None)
-    if weight is None or bias is None or tuple(weight.shape) != (num_outputs, embedding_dim):
+    if weight is None or bias is None or weight.shape[1:] != (embedding_dim,) or not 0 < num_outputs <= len(weight):
         return None
     head = nn.Linear(embedding_dim, num_outputs)
-    head.load_state_dict({"weight": weight, "bias": bias})
+    head.load_state_dict({"weight": weight[:num_outputs], "bias": bias[:num_outputs]})  # what follows: extra heads
     return head.eval().requires_grad_(False)
 
 

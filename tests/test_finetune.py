@@ -1,0 +1,174 @@
+"""Fine-tuning on labelled frames: what it hears, what it leaves alone, and what it hands to extraction."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vnaw_pipeline.annotations import read_annotation
+from vnaw_pipeline.checkpoints import load_tensors
+from vnaw_pipeline.config import PipelineConfig
+from vnaw_pipeline.errors import CheckpointError, ConfigError
+from vnaw_pipeline.features.encoder import build_encoder, encoder_of_weights, load_encoder, parameter_groups
+from vnaw_pipeline.layouts import find_annotations
+from vnaw_pipeline.runs import RunFolder, open_run
+from vnaw_pipeline.tasks import TASKS
+from vnaw_pipeline.training.frames import LabelledFrames, finetune_encoder
+from vnaw_pipeline.training.loop import Recipe, fit
+
+from .conftest import DrawnData
+from .test_training import changed, losses, optimisation
+
+
+def test_finetuning_writes_an_encoder_that_extraction_loads(
+    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "ft"
+    report = finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, run, tiny_config)
+    assert report.ok
+    assert len(losses(run)) == 2
+    best = run / "checkpoint" / "best.safetensors"
+    tuned = load_encoder(tiny_config.encoder.model_copy(update={"weights": best}))
+    assert tuned.weights_digest != load_encoder(tiny_config.encoder).weights_digest
+    weights = load_file(best)
+    for name, value in tuned.model.state_dict().items():
+        assert torch.equal(value, weights[name])
+    with pytest.raises(CheckpointError, match="not the checkpoint of a temporal model"):
+        open_run(run)
+
+
+def test_finetuning_goes_on_without_a_video_that_has_no_crops_and_refuses_other_labels(
+    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    rows = drawn.manifest.copy()
+    rows.loc[0, "crops"] = ""
+    report = finetune_encoder(rows, drawn.annotations, drawn.crops, tmp_path / "ft", tiny_config)
+    assert [failure.video_id for failure in report.failures] == [rows.video_id[0]]
+    assert len(losses(tmp_path / "ft")) == 2
+    with pytest.raises(CheckpointError, match="labels: found"):
+        finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, tmp_path / "ft", tiny_config)
+
+
+def test_finetuning_names_crops_it_cannot_read(drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path) -> None:
+    shutil.copytree(drawn.crops, tmp_path / "crops")
+    rows = drawn.manifest[drawn.manifest.split == "train"]
+    for image in (tmp_path / "crops" / rows.crops.iloc[0]).glob("*.jpg"):
+        image.write_bytes(b"")
+    report = finetune_encoder(drawn.manifest, drawn.annotations, tmp_path / "crops", tmp_path / "ft", tiny_config)
+    assert not report.ok
+    assert {failure.video_id for failure in report.failures} == {rows.video_id.iloc[0]}
+    assert "empty" in (tmp_path / "ft" / "status.csv").read_text()
+
+
+FINETUNE_VALUES: list[dict[str, Any]] = [
+    {"frames_per_epoch": 48},
+    {"batch_frames": 8},
+    {"learning_rate": 1e-3},
+    {"weight_decay": 0.9},
+    {"warmup_share": 0.6},
+    {"loss": {"label_smoothing": 0.2}},
+    {"loss": {"weighting": "naw"}},
+    {"valence_arousal_weight": 0.5},
+    {"action_units_weight": 0.5},
+    {"valence_arousal_weight": 0.5, "action_units_weight": 0.5},
+    {"layer_decay": 0.5},
+    {"frozen_stages": 1},
+    {"vary_images": False},
+    {"erase_probability": 1.0},
+    {"precision": "bf16"},
+]
+
+
+def test_every_value_changes_the_finetuning(drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path) -> None:
+    seen: dict[tuple[float, ...], Any] = {}
+    for number, values in enumerate([{}, *FINETUNE_VALUES]):
+        config = changed(tiny_config, "finetune", **{"learning_rate": 3e-3, **values})
+        finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, tmp_path / str(number), config)
+        found = tuple(losses(tmp_path / str(number)))
+        assert found not in seen, f"{values} trains like {seen.get(found)}"
+        seen[found] = values
+
+
+def test_heads_beside_the_expression_are_learnt_and_left_out_of_the_encoder(
+    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    config = changed(tiny_config, "finetune", valence_arousal_weight=1.0, action_units_weight=1.0, ema_decay=0.9)
+    finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, tmp_path / "ft", config)
+    best = tmp_path / "ft" / "checkpoint" / "best.safetensors"
+    tensors, header = load_tensors(best)
+    assert tensors["head.fc.weight"].shape == (8 + 2 + 12, 16)
+    assert header["extra_heads"] == ["va", "au"]
+    encoder = load_encoder(encoder_of_weights(best))
+    assert encoder.head is not None
+    assert torch.equal(encoder.head.weight, tensors["head.fc.weight"][:8])
+    averaged, _ = load_tensors(tmp_path / "ft" / "checkpoint" / "last.safetensors")
+    assert not torch.equal(averaged["average.module.head.fc.bias"], averaged["model.head.fc.bias"])
+
+
+def test_labels_of_other_tasks_belong_to_their_frames(drawn: DrawnData, tiny_config: PipelineConfig) -> None:
+    """The rows that finetuning reads beside the expression are those of the same frame in the other trees."""
+    preprocessing = load_encoder(tiny_config.encoder).preprocessing
+    rows = drawn.manifest[drawn.manifest.split == "train"]
+    frames = LabelledFrames(rows, drawn.annotations, drawn.crops, TASKS["expr8"], preprocessing, ["va", "au"])
+    trees = {
+        name: {file.video_id: read_annotation(drawn.annotations / file.path, TASKS[name])}
+        for name in ("va", "au")
+        for file in find_annotations(drawn.annotations, TASKS[name])
+        if file.video_id == rows.video_id.iloc[0]
+    }
+    video = rows.video_id.iloc[0]
+    of_video = frames._video == 0
+    at = frames._frame[of_video]
+    expressions = read_annotation(drawn.annotations / rows.annotation.iloc[0], TASKS["expr8"])
+    assert np.array_equal(frames.labels.numpy()[of_video], expressions[at])
+    np.testing.assert_array_equal(frames.affect.numpy()[of_video], trees["va"][video][at])
+    np.testing.assert_array_equal(frames.units.numpy()[of_video], trees["au"][video][at])
+    assert not np.isnan(frames.affect.numpy()).all()
+
+
+def test_frozen_stages_stay_and_layers_learn_slower_towards_the_image(
+    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    config = changed(tiny_config, "finetune", frozen_stages=2, layer_decay=0.5)
+    finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, tmp_path / "ft", config)
+    before = build_encoder(tiny_config.encoder, 8)[0].state_dict()
+    after = load_file(tmp_path / "ft" / "checkpoint" / "best.safetensors")
+    for name, value in after.items():
+        frozen = name.startswith(("patch_embed", "layers.0."))
+        assert torch.equal(value, before[name]) == frozen or value.numel() == 0, name
+    model = build_encoder(tiny_config.encoder, 8)[0]
+    scales = {
+        name: group["lr_scale"]
+        for group in parameter_groups(model, 0.1, layer_decay=0.5, frozen_stages=0)
+        for name, parameter in model.named_parameters()
+        if any(parameter is other for other in group["params"])
+    }
+    assert (
+        scales["patch_embed.proj.weight"] < scales["layers.1.blocks.0.mlp.fc1.weight"] < scales["head.fc.weight"] == 1
+    )
+    with pytest.raises(ConfigError, match="frozen_stages 9 leaves nothing to train of 4 stages"):
+        parameter_groups(model, 0.1, layer_decay=1.0, frozen_stages=9)
+
+
+def test_frozen_norms_keep_their_running_statistics(tmp_path: Path) -> None:
+    """Batch norm moves its statistics in training mode even without a gradient."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    data = 5 + torch.randn(8, 4)
+    recipe = Recipe(
+        model=model,
+        steps=lambda epoch: [[data]],
+        objective=lambda model, batch, progress: (model(batch).square().sum(), torch.tensor(8)),
+        evaluate=lambda model: {"macro_f1": 0.0},
+        header={},
+        label="test",
+    )
+    before = model[1].weight.detach().clone()
+    fit(recipe, optimisation(epochs=2, steps_per_epoch=1), RunFolder(tmp_path))
+    assert (model[0].running_mean == 0).all()
+    assert not torch.equal(model[1].weight, before)

@@ -1,0 +1,256 @@
+"""Pre-training on static faces: it learns, goes on, hears every config value, and its weights serve every consumer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vnaw_pipeline.checkpoints import load_tensors
+from vnaw_pipeline.config import PipelineConfig, dump_config
+from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
+from vnaw_pipeline.facesets import read_faces
+from vnaw_pipeline.features.encoder import Preprocessing, encoder_of_weights, load_encoder
+from vnaw_pipeline.prediction.faces import evaluate_faces
+from vnaw_pipeline.tasks import EXPRESSIONS
+from vnaw_pipeline.training.faces import LabelledFaces, pretrain_encoder
+from vnaw_pipeline.training.images import erase_rectangles, read_ahead
+
+FACES = 48
+
+
+@pytest.fixture(scope="module")
+def faces_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 grey images whose brightness tells the class; a tie, and a face that most call unknown, among them."""
+    generator = np.random.default_rng(0)
+    classes = np.arange(FACES) % 8
+    noise = generator.integers(0, 20, (FACES, 48, 48))
+    votes = np.zeros((FACES, 10), np.uint8)
+    votes[np.arange(FACES), classes] = 8
+    votes[np.arange(FACES), (classes + 1) % 8] = 2
+    votes[0, :2] = 5
+    votes[1, 8] = 9
+    path = tmp_path_factory.mktemp("faces") / "faces.npz"
+    np.savez(
+        path,
+        image=(classes[:, None, None] * 30 + noise).astype(np.uint8),
+        name=np.array([f"face{i:02d}" for i in range(FACES)]),
+        votes=votes,
+        fer2013_label=np.array([6, 3, 5, 4, 0, 1, 6, -1] * 6, np.int8),
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def face_config(tiny_config: PipelineConfig) -> PipelineConfig:
+    values = tiny_config.model_dump()
+    values["encoder"] |= {"grey": True, "detail_px": 24, "face_region": (0.1, 0.1, 0.9, 0.9)}
+    values["pretrain"] |= {
+        "epochs": 3,
+        "batch_faces": 16,
+        "learning_rate": 3e-3,
+        "ema_decay": 0.5,
+        "vary_images": False,
+    }
+    return PipelineConfig.model_validate(values)
+
+
+def changed(config: PipelineConfig, **values: Any) -> PipelineConfig:
+    merged = config.model_dump()
+    merged["pretrain"] |= values
+    return PipelineConfig.model_validate(merged)
+
+
+def history(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_and_its_weights_serve_scoring_and_extraction(
+    faces_file: Path, face_config: PipelineConfig, tmp_path: Path
+) -> None:
+    report = pretrain_encoder([faces_file], [faces_file], tmp_path / "run", changed(face_config, epochs=40))
+    best = tmp_path / "run" / "checkpoint" / "best.safetensors"
+    found = evaluate_faces(best, faces_file)
+    assert found.scores.accuracy > 0.8, "brightness is easy"
+    assert found.scores.num_frames == FACES - 2, "a tie and an unknown face are left out"
+    rows = history(tmp_path / "run")
+    assert found.scores.macro_f1 == pytest.approx(max(row["macro_f1"] for row in rows), abs=0.05), "bf16 may differ"
+    assert report.frames == 40 * (FACES - 2)
+    encoder = load_encoder(encoder_of_weights(best))
+    assert encoder.outputs == EXPRESSIONS
+    wanted = Preprocessing(
+        input_px=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic",
+        grey=True, detail_px=24, face_region=(0.1, 0.1, 0.9, 0.9),
+    )  # fmt: skip
+    assert encoder.preprocessing == wanted
+    as_json = found.as_json()
+    assert set(as_json) >= {"accuracy", "macro_f1", "per_class", "num_faces", "frames_per_second"}
+    assert as_json["per_class"]["Neutral"]["num_faces"] == 5
+
+
+@pytest.mark.parametrize("values", [{}, {"loss": {"objective": "elr"}}], ids=["average", "memory"])
+def test_a_run_that_goes_on_has_the_same_losses(
+    values: dict[str, Any], faces_file: Path, face_config: PipelineConfig, tmp_path: Path
+) -> None:
+    config = changed(face_config, **values, vary_images=True)
+    pretrain_encoder([faces_file], [faces_file], tmp_path / "whole", config)
+    stopped, real = tmp_path / "stopped", LabelledFaces.read
+    calls = 0
+
+    def stop_in_the_second_epoch(self: LabelledFaces, chosen: torch.Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 7:  # an epoch reads three batches to learn from and three to score
+            raise KeyboardInterrupt
+        return real(self, chosen)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LabelledFaces, "read", stop_in_the_second_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain_encoder([faces_file], [faces_file], stopped, config)
+    assert len(history(stopped)) == 1
+    report = pretrain_encoder([faces_file], [faces_file], stopped, config)
+    assert (report.done, report.skipped) == (2, 1)
+    for row, other in zip(history(tmp_path / "whole"), history(stopped), strict=True):
+        assert {**row, "seconds": 0} == {**other, "seconds": 0}
+    whole, again = (load_tensors(run / "checkpoint" / "last.safetensors")[0] for run in (tmp_path / "whole", stopped))
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    assert any(key.startswith("average.") for key in whole)
+
+
+VALUES: list[dict[str, Any]] = [
+    {"label_source": "single"},
+    {"label_source": "majority"},
+    {"loss": {"objective": "gce"}},
+    {"loss": {"objective": "gce", "gce_q": 0.2}},
+    {"loss": {"objective": "elr"}},
+    {"loss": {"objective": "elr", "elr_weight": 1.0}},
+    {"loss": {"objective": "bootstrap"}},
+    {"loss": {"objective": "bootstrap", "bootstrap_beta": 0.5}},
+    {"loss": {"weighting": "class"}, "label_source": "single"},
+    {"loss": {"weighting": "naw"}},
+    {"loss": {"weighting": "naw", "preset": "public-code"}},
+    {"loss": {"weighting": "naw", "normalised": False}},
+    {"loss": {"weighting": "naw", "weights_carry_gradient": True}},
+    {"loss": {"weighting": "naw", "lam_a": 0.0}},
+    {"loss": {"weighting": "naw", "naw_from": 0.5}},
+    {"loss": {"consistency": 0.3}},
+    {"loss": {"label_smoothing": 0.2}},
+    {"sampling": "square-root"},
+    {"sampling": "uniform"},
+    {"vary_images": True},
+    {"erase_probability": 0.0},
+    {"batch_faces": 8},
+    {"learning_rate": 1e-3},
+    {"weight_decay": 0.5},
+    {"warmup_share": 0.5},
+    {"precision": "bf16"},
+]
+
+
+def test_every_value_changes_the_training(faces_file: Path, face_config: PipelineConfig, tmp_path: Path) -> None:
+    faces = read_faces(faces_file, "train")
+    seen: dict[tuple[float, ...], Any] = {}
+    for number, values in enumerate([{}, *VALUES]):
+        config = changed(face_config, **{"epochs": 2, **values})
+        pretrain_encoder(faces, faces, tmp_path / str(number), config)
+        losses = tuple(row["train_loss"] for row in history(tmp_path / str(number)))
+        assert all(np.isfinite(losses))
+        assert losses not in seen, f"{values} trains like {seen.get(losses)}"
+        seen[losses] = values
+    plain = tmp_path / "0" / "checkpoint" / "last.safetensors"
+    pretrain_encoder(faces, faces, tmp_path / "none", changed(face_config, epochs=2, ema_decay=None))
+    tensors, _ = load_tensors(tmp_path / "none" / "checkpoint" / "last.safetensors")
+    assert not any(key.startswith("average.") for key in tensors)
+    assert torch.equal(tensors["model.head.fc.bias"], load_tensors(plain)[0]["model.head.fc.bias"])
+
+
+def test_a_student_is_drawn_to_its_teacher(faces_file: Path, face_config: PipelineConfig, tmp_path: Path) -> None:
+    """With nothing but the teacher to learn from, the student's predictions come nearer to the teacher's."""
+    faces = read_faces(faces_file, "train")
+    pretrain_encoder(faces, faces, tmp_path / "teacher", changed(face_config, epochs=40))
+    weights = tmp_path / "teacher" / "checkpoint" / "best.safetensors"
+    other = face_config.model_copy(
+        update={"seed": 5, "encoder": face_config.encoder.model_copy(update={"mean": (0.5, 0.5, 0.5)})}
+    )
+    taught = changed(other, epochs=60, teacher=weights, teacher_share=1.0, label_source="single")
+    pretrain_encoder(faces, faces, tmp_path / "student", taught)
+    accuracies = [row["accuracy"] for row in history(tmp_path / "student")]
+    assert max(accuracies) > 0.6, "the single labels of this set are shuffled; only the teacher knows"
+    bare = tmp_path / "bare.safetensors"
+    tensors, header = load_tensors(weights)
+    from vnaw_pipeline.checkpoints import save_tensors
+
+    save_tensors(bare, {key: value for key, value in tensors.items() if not key.startswith("head.fc")}, header)
+    with pytest.raises(ConfigError, match="no head for the eight expressions"):
+        pretrain_encoder(faces, faces, tmp_path / "x", changed(face_config, teacher=bare))
+    with pytest.raises(CheckpointError, match="no head for the eight expressions"):
+        evaluate_faces(bare, faces)
+
+
+def test_two_processes_give_the_losses_of_one(faces_file: Path, face_config: PipelineConfig, tmp_path: Path) -> None:
+    """The gradient is the mean over all images of a step; float32 sums in another order, hence the tolerance."""
+    config = changed(face_config, epochs=2, erase_probability=0.0)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    pretrain_encoder([faces_file], [faces_file], tmp_path / "one", config)
+    arguments = ["pretrain", "--faces", faces_file, "--validation", faces_file, "--run-dir", tmp_path / "two"]
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vnaw_pipeline", *arguments]
+    done = subprocess.run(
+        [*map(str, line), "--config", str(tmp_path / "config.yaml")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("pretrain: 2 epochs done") == 1
+    for row, other in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
+        assert other["train_loss"] == pytest.approx(row["train_loss"], rel=2e-3)
+
+
+def test_wrong_input_is_said(faces_file: Path, face_config: PipelineConfig, tmp_path: Path) -> None:
+    pretrain_encoder([faces_file], [faces_file], tmp_path / "run", face_config)
+    with pytest.raises(CheckpointError, match="another config"):
+        pretrain_encoder([faces_file], [faces_file], tmp_path / "run", changed(face_config, batch_faces=8))
+    faces = read_faces(faces_file, "train")
+    blank = type(faces)(names=faces.names, votes=0 * faces.votes, single=faces.single, image=faces.image)
+    with pytest.raises(DataError, match="No face of the validation sets has a majority label"):
+        pretrain_encoder(faces, blank, tmp_path / "b", face_config)
+    with pytest.raises(DataError, match="None of the 48 faces has a majority"):
+        evaluate_faces("drawn_swin", blank)
+
+
+def test_erased_rectangles_have_their_size_and_lie_inside() -> None:
+    torch.manual_seed(0)
+    images = torch.ones(400, 3, 40, 40)
+    erased = erase_rectangles(images, 0.5) == 0
+    assert torch.equal(erased[:, 0], erased[:, 1])
+    shares = erased[:, 0].float().mean(dim=(1, 2))
+    hit = shares > 0
+    assert 0.4 < hit.float().mean() < 0.6
+    assert shares[hit].min() > 0.01
+    assert shares[hit].max() < 0.24, "20%, and up to a pixel more on each side"
+    for mask in erased[hit, 0]:
+        rows, columns = mask.any(dim=1), mask.any(dim=0)
+        assert torch.equal(mask, rows[:, None] & columns[None, :]), "one rectangle"
+    assert (erase_rectangles(images, 0.0) == 1).all()
+
+
+def test_reading_ahead_keeps_order_and_raises_where_it_is_read() -> None:
+    read: list[int] = []
+
+    def double(number: int) -> int:
+        read.append(number)
+        if number == 3:
+            raise DataError("three")
+        return 2 * number
+
+    batches = read_ahead(double, range(5))
+    assert next(batches) == 0
+    assert next(batches) == 2
+    assert read[:3] == [0, 1, 2], "one ahead"
+    assert next(batches) == 4
+    with pytest.raises(DataError, match="three"):
+        next(batches)
+    assert list(read_ahead(double, [])) == []
