@@ -164,7 +164,9 @@ def build_encoder(
     path = find_weights(config.weights)
     state, header = load_tensors(path, allow_pickle)
     preprocessing = _preprocessing(model, config, header)
-    wanted = {"encoder": config.name, "model_args": config.model_args, **preprocessing.recorded()}
+    # Size, detail and region may be chosen anew; other channel statistics would go unnoticed and spoil everything.
+    statistics = {key: preprocessing.recorded()[key] for key in ("mean", "std", "grey")}
+    wanted = {"encoder": config.name, "model_args": config.model_args, **statistics}
     if unlike := differences({key: header.get(key, value) for key, value in wanted.items()}, wanted):
         raise CheckpointError(f"{path} holds another encoder than the config names: {'; '.join(unlike)}.")
     classifier = _classifier_of(model)
