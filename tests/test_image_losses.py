@@ -71,6 +71,23 @@ def test_the_loss_equals_the_equations(values: dict[str, Any], progress: float) 
     assert total.item() == pytest.approx(wanted, rel=1e-10)
 
 
+def test_a_transition_asks_for_the_label_and_not_for_the_class() -> None:
+    logits, targets = random_batch(8)
+    generator = torch.Generator().manual_seed(0)
+    transition = torch.rand(5, 5, generator=generator, dtype=torch.float64) + 2 * torch.eye(5)
+    transition /= transition.sum(dim=1, keepdim=True)
+    config = ImageLossConfig.model_validate({"transition": transition.tolist()})
+    total, _ = image_loss(logits, targets, config, 0.0)
+    wanted = -(targets * (logits.softmax(dim=1) @ transition).log()).sum()
+    torch.testing.assert_close(total, wanted, rtol=1e-10, atol=0)
+    identity = ImageLossConfig.model_validate({"transition": torch.eye(5).tolist()})
+    plain, _ = image_loss(logits, targets, ImageLossConfig(), 0.0)
+    torch.testing.assert_close(image_loss(logits, targets, identity, 0.0)[0], plain, rtol=1e-3, atol=1e-3)
+    for wrong in ([[0.5, 0.6], [0.0, 1.0]], [[1.0], [1.0]], [[1.5, -0.5], [0.0, 1.0]]):
+        with pytest.raises(ValueError, match="transition must be a square of shares"):
+            ImageLossConfig.model_validate({"transition": wrong})
+
+
 def test_class_weights_multiply_by_the_targets_share() -> None:
     logits, targets = random_batch(1)
     weights = torch.tensor([0.5, 1.0, 2.0, 4.0, 0.0], dtype=torch.float64)

@@ -139,6 +139,7 @@ VALUES: list[dict[str, Any]] = [
     {"loss": {"weighting": "naw", "weights_carry_gradient": True}},
     {"loss": {"weighting": "naw", "lam_a": 0.0}},
     {"loss": {"weighting": "naw", "naw_from": 0.5}},
+    {"loss": {"transition": (0.1 / 7 + (0.9 - 0.1 / 7) * np.eye(8)).tolist()}},
     {"loss": {"consistency": 0.3}},
     {"loss": {"label_smoothing": 0.2}},
     {"sampling": "square-root"},

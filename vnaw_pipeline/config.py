@@ -115,9 +115,19 @@ class ImageLossConfig(_Section):
     """naw: lam_a * loss + (1 - lam_a) * w * loss."""
     naw_from: float = Field(default=0.0, ge=0, lt=1)
     """Share of training after which NAW's weights are used."""
+    transition: tuple[tuple[float, ...], ...] | None = None
+    """Row i: how faces whose true class is i are labelled, as shares. The loss is then that of the label a face would
+    get, not of its class (forward correction; with rows estimated from trusted faces, gold loss correction)."""
     consistency: float = Field(default=0.0, ge=0, lt=1)
     """lam: (1 - lam) * loss + lam * JSD between the predictions for an image and for its mirror image."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _transition_is_one(self) -> Self:
+        rows = self.transition or ()
+        if any(len(row) != len(rows) or min(row) < 0 or abs(sum(row) - 1) > 1e-3 for row in rows):
+            raise ValueError("transition must be a square of shares, each row adding up to 1")
+        return self
 
 
 class PretrainConfig(_Section):

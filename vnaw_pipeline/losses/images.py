@@ -16,6 +16,8 @@ from vnaw_pipeline.losses.naw import constants_of, naw_weights
 ELR_MOMENTUM = 0.7
 """Of the moving average of an image's predictions in early-learning regularisation."""
 _ELR_CEILING = 1 - 1e-4
+_LEAST_SHARE = 1e-8
+"""Of a transition: a label that no trusted face of a class had is unlikely, not impossible."""
 
 
 def image_loss(
@@ -41,6 +43,10 @@ def image_loss(
     if config.label_smoothing:
         targets = (1 - config.label_smoothing) * targets + config.label_smoothing / logits.shape[1]
     log_p = logits.log_softmax(dim=1)
+    if config.transition is not None:
+        # log sum_i p_i T_ij: what the label would be (Patrini et al. 2017, forward; Hendrycks et al. 2018)
+        log_t = torch.tensor(config.transition, dtype=log_p.dtype, device=log_p.device).clamp(min=_LEAST_SHARE).log()
+        log_p = (log_p[:, :, None] + log_t).logsumexp(dim=1)
     losses = _label_losses(log_p, targets, config)
     if config.objective == "elr" and memory is not None:
         agreement = (log_p.exp() * memory[used]).sum(dim=1).clamp(max=_ELR_CEILING)
