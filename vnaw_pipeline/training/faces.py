@@ -3,7 +3,7 @@
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -70,10 +70,11 @@ def pretrain_encoder(
     *,
     allow_pickle: bool = False,
     overwrite: bool = False,
+    observe: Callable[[nn.Module], dict[str, float]] | None = None,
 ) -> StageReport:
     """Train the encoder and a linear head on static faces; every epoch scores all validation faces by their majority.
 
-    Validation faces without votes are scored by the one label they have.
+    `observe` is called with the model after each epoch; its figures join the epoch's in `metrics.jsonl`.
 
     Raises:
         DataError: a set that cannot be read; no face with a label.
@@ -99,7 +100,7 @@ def pretrain_encoder(
         model=model,
         steps=partial(_epoch_steps, learnt, config),
         objective=partial(_objective, preprocessing, settings, teacher, against_labels),
-        evaluate=partial(_evaluate, scored, preprocessing, settings),
+        evaluate=partial(_evaluate, scored, preprocessing, settings, observe),
         header={
             "kind": "encoder",
             "task": TASKS["expr8"].name,
@@ -218,7 +219,11 @@ def _ask(teacher: Encoder, images: Tensor, preprocessing: Preprocessing) -> Tens
 
 @torch.inference_mode()
 def _evaluate(
-    scored: LabelledFaces, preprocessing: Preprocessing, settings: PretrainConfig, model: nn.Module
+    scored: LabelledFaces,
+    preprocessing: Preprocessing,
+    settings: PretrainConfig,
+    observe: Callable[[nn.Module], dict[str, float]] | None,
+    model: nn.Module,
 ) -> dict[str, float]:
     state = process_state()
     predicted = torch.zeros(len(scored), dtype=torch.int64, device=state.device)
@@ -228,4 +233,5 @@ def _evaluate(
         predicted[chosen.to(state.device)] = logits.argmax(dim=1)
     predicted = sum_over_processes(predicted)  # each face by one process, 0 in the others
     scores = expression_scores(scored.targets.argmax(dim=1).numpy(), predicted.cpu().numpy(), len(EXPRESSIONS))
-    return {SCORE: scores.macro_f1, "accuracy": scores.accuracy}
+    observed = observe(model) if observe is not None else {}
+    return {SCORE: scores.macro_f1, "accuracy": scores.accuracy, **observed}

@@ -1,0 +1,323 @@
+"""Which objective learns best from labels that are wrong as people are wrong? FERPlus faces, four kinds of labels.
+
+    python benchmarks/label_noise.py WORK_DIR --faces FERPLUS --validation FERPLUS --imagenet imagenet_lite0.safetensors
+
+Every run trains the same encoder (tf_efficientnet_lite0 from its ImageNet weights, 48 px) with the same budget on the
+same 6,000 training faces, and is scored on the validation faces by the majority of their ten voters. Nothing is chosen
+by that score: each run is taken as its last epoch leaves it. All objectives are screened with one seed in each
+setting; cross-entropy, NLA and the best two then get five. One line per run in WORK_DIR/results.jsonl; a rerun does
+what is missing; the tables are written to WORK_DIR/tables.md.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import typer
+from scipy.stats import t as student_t
+from torch import nn
+
+from vnaw_pipeline.checkpoints import load_tensors, save_tensors
+from vnaw_pipeline.config import PipelineConfig
+from vnaw_pipeline.facesets import FaceSet, read_faces
+from vnaw_pipeline.features.encoder import build_encoder, load_encoder
+from vnaw_pipeline.losses.naw import NAW_PRESETS, naw_weights
+from vnaw_pipeline.metrics import expression_scores
+from vnaw_pipeline.prediction.faces import classify
+from vnaw_pipeline.provenance import write_text
+from vnaw_pipeline.runs import RunFolder
+from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL
+from vnaw_pipeline.training.faces import LabelledFaces, pretrain_encoder
+
+Labels = npt.NDArray[np.int64]
+NUM_FACES, NUM_TRUSTED, EPOCHS = 6_000, 500, 6
+AGREEMENT = {"4 to 5 of 10": (0, 5), "6 to 7": (6, 7), "8 to 9": (8, 9), "10": (10, 10)}
+NLA = {"weighting": "naw", "consistency": 0.4}
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "cross-entropy": {},
+    "class-weighted": {"weighting": "class"},
+    "label smoothing .1": {"label_smoothing": 0.1},
+    "NAW": {"weighting": "naw"},
+    "NLA (NAW + consistency)": NLA,
+    "NLA, gradient through w": NLA | {"weights_carry_gradient": True},
+    "NLA, w not normalised": NLA | {"normalised": False},
+    "NLA, w alone": NLA | {"lam_a": 0.0},
+    "NLA after a third": NLA | {"naw_from": 0.34},
+    "consistency alone": {"consistency": 0.4},
+    "generalised cross-entropy": {"objective": "gce"},
+    "ELR": {"objective": "elr"},
+    "soft bootstrapping .8": {"objective": "bootstrap", "bootstrap_beta": 0.8},
+    "GCE + consistency": {"objective": "gce", "consistency": 0.4},
+    "ELR + consistency": {"objective": "elr", "consistency": 0.4},
+}
+WITH_TRUSTED = ("cross-entropy", "NLA (NAW + consistency)", "consistency alone")
+"""Objectives that are also tried with gold correction, with logit bias, and with both."""
+
+
+def symmetric_flips(faces: FaceSet, share: float, seed: int) -> Labels:
+    """The majority labels, a share of them moved to another class at random."""
+    generator = np.random.default_rng([seed, 1])
+    labels = faces.majority()
+    flipped = generator.random(len(labels)) < share
+    return np.where(flipped, (labels + generator.integers(1, len(EXPRESSIONS), len(labels))) % len(EXPRESSIONS), labels)
+
+
+def one_voter(faces: FaceSet, seed: int) -> Labels:
+    """One vote of each face, drawn from its votes for an expression."""
+    votes = faces.votes[:, : len(EXPRESSIONS)].astype(float)
+    sums = votes.cumsum(axis=1)
+    drawn = np.random.default_rng([seed, 2]).random(len(votes)) * sums[:, -1]
+    return np.asarray((sums <= drawn[:, None]).sum(axis=1), dtype=np.int64)
+
+
+SETTINGS: dict[str, Callable[[FaceSet, int], Labels]] = {
+    "a10": lambda faces, seed: symmetric_flips(faces, 0.1, seed),
+    "a20": lambda faces, seed: symmetric_flips(faces, 0.2, seed),
+    "a30": lambda faces, seed: symmetric_flips(faces, 0.3, seed),
+    "b": one_voter,
+    "c": lambda faces, seed: faces.single,
+    "d": lambda faces, seed: faces.single,
+}
+FEW = {"a10": ("cross-entropy", "NLA (NAW + consistency)"), "a20": ("cross-entropy", "NLA (NAW + consistency)")}
+"""Settings in which only these objectives are run."""
+
+
+def main(
+    work_dir: Path,
+    faces: Annotated[Path, typer.Option(help="FERPlus, for its training faces.")],
+    validation: Annotated[Path, typer.Option(help="FERPlus, for its validation faces.")],
+    imagenet: Annotated[Path, typer.Option(help="ImageNet weights, as face_encoders.py leaves them.")],
+    settings: Annotated[list[str], typer.Option("--setting", help="Only these. Repeatable.")] = list(SETTINGS),  # noqa: B006
+    seeds: Annotated[int, typer.Option(help="Seeds of the finalists.", min=1)] = 5,
+    num_faces: Annotated[int, typer.Option(help="Training faces.")] = NUM_FACES,
+    epochs: Annotated[int, typer.Option(help="Epochs of a run.")] = EPOCHS,
+) -> None:
+    train, scored = read_faces(faces, "train"), read_faces(validation, "validation")
+    usable = np.flatnonzero((train.majority() != IGNORE_LABEL) & (train.single != IGNORE_LABEL))
+    train = part_of(train, np.random.default_rng(0).permutation(usable)[: num_faces + NUM_TRUSTED])
+    trusted = part_of(train, np.arange(num_faces, len(train)))
+    train = part_of(train, np.arange(num_faces))
+    results = Results(work_dir / "results.jsonl")
+    work_dir.mkdir(parents=True, exist_ok=True)
+
+    def run(setting: str, name: str, seed: int) -> None:
+        if results.has(setting, name, seed):
+            return
+        config = config_of(name, trusted, imagenet, epochs, seed)
+        figures = one_run(train, trusted, scored, setting, name, config, work_dir / "run")
+        results.add({"setting": setting, "objective": name, "seed": seed, **figures})
+        sys.stdout.write(f"{setting} {name} seed {seed}: accuracy {100 * figures['accuracy']:.2f}\n")
+
+    for setting in settings:
+        for name in ("majority labels", *names_of(setting)):
+            run(setting, name, 0)
+        for name in finalists(results, setting):
+            for seed in range(seeds):
+                run(setting, name, seed)
+        write_text(work_dir / "tables.md", tables(results))
+    sys.stdout.write(tables(results))
+
+
+def names_of(setting: str) -> list[str]:
+    """The objectives of a setting; with trusted faces, some of them with what these allow."""
+    if setting in FEW:
+        return list(FEW[setting])
+    if setting != "d":
+        return list(OBJECTIVES)
+    means = ("gold correction", "logit bias", "gold correction + logit bias")
+    return ["cross-entropy", *(f"{name}, {mean}" for name in WITH_TRUSTED for mean in means)]
+
+
+def finalists(results: "Results", setting: str) -> list[str]:
+    """Cross-entropy, NLA and the best two by the first seed."""
+    ranked = sorted(names_of(setting), key=lambda name: -results.of(setting, name)[0]["accuracy"])
+    always = [name for name in ("cross-entropy", "NLA (NAW + consistency)") if name in ranked]
+    return always + [name for name in ranked if name not in always][:2]
+
+
+def config_of(name: str, trusted: FaceSet, imagenet: Path, epochs: int, seed: int) -> PipelineConfig:
+    objective, _, means = name.partition(", ")
+    if name in OBJECTIVES:
+        objective, means = name, ""
+    loss = dict(OBJECTIVES.get(objective, {}))
+    if "gold correction" in means:
+        loss["transition"] = transition_of(trusted).tolist()
+    return PipelineConfig.model_validate(
+        {
+            "seed": seed,
+            "encoder": {
+                "name": "tf_efficientnet_lite0",
+                "weights": imagenet,
+                "model_args": {"drop_rate": 0.2},
+                "input_px": 48,
+                "grey": True,
+            },
+            "pretrain": {
+                "label_source": "majority" if name == "majority labels" else "single",
+                "loss": loss,
+                "sampling": "uniform",
+                "epochs": epochs,
+                "batch_faces": 64,
+                "learning_rate": 1e-3,
+                "ema_decay": 0.99,
+            },
+        }
+    )
+
+
+def transition_of(trusted: FaceSet) -> npt.NDArray[np.float64]:
+    """How faces of each true class are labelled, by the trusted faces, (K, K); half a face added to each cell."""
+    counts = np.full((len(EXPRESSIONS), len(EXPRESSIONS)), 0.5 / len(EXPRESSIONS))
+    np.add.at(counts, (trusted.majority(), trusted.single), 1)
+    return counts / counts.sum(axis=1, keepdims=True)
+
+
+def one_run(
+    train: FaceSet, trusted: FaceSet, scored: FaceSet, setting: str, name: str, config: PipelineConfig, run_dir: Path
+) -> dict[str, Any]:
+    """Train and score; the weights that NAW would give, right and wrong labels apart, after every epoch."""
+    given = replace(train, single=SETTINGS[setting](train, config.seed))
+    observe = partial(mean_weights, given, config)
+    pretrain_encoder(given, part_of(given, np.arange(64)), run_dir, config, observe=observe, overwrite=True)
+    run = RunFolder(run_dir)
+    encoder = load_encoder(config.encoder.model_copy(update={"weights": last_average(run)}))
+    labels = scored.majority()
+    chosen = np.flatnonzero(labels != IGNORE_LABEL)
+    probabilities = classify(encoder, scored, chosen)
+    if "logit bias" in name:
+        held = classify(encoder, trusted, np.arange(len(trusted)))
+        probabilities = probabilities * np.exp(best_bias(held, trusted.majority()))
+    predicted, labels = probabilities.argmax(axis=1), labels[chosen]
+    scores = expression_scores(labels, predicted, len(EXPRESSIONS))
+    agreed = scored.votes[chosen].max(axis=1)
+    history = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    shutil.rmtree(run_dir)
+    return {
+        "accuracy": scores.accuracy,
+        "macro_f1": scores.macro_f1,
+        "by_agreement": {
+            words: float((predicted == labels)[(agreed >= low) & (agreed <= high)].mean())
+            for words, (low, high) in AGREEMENT.items()
+        },
+        "wrong_labels": float((given.single != given.majority()).mean()),
+        "weights": [{key: row[key] for key in ("right", "wrong", *AGREEMENT)} for row in history],
+    }
+
+
+def last_average(run: RunFolder) -> Path:
+    """The moving average of the last epoch as a weights file: the best epoch would be chosen by majority labels."""
+    tensors, header = load_tensors(run.last)
+    prefix = "average.module."
+    path = run.path / "average.safetensors"
+    kept = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    save_tensors(path, kept, header)
+    return path
+
+
+def mean_weights(given: FaceSet, config: PipelineConfig, model: nn.Module) -> dict[str, float]:
+    """Mean NAW weight (NLA's constants, the tilt as at the end of training) of the first 1,000 training faces: of
+    right and of wrong labels, and by how many of ten voters agreed on the majority."""
+    _, preprocessing, _ = build_encoder(config.encoder, 0)
+    few = part_of(given, np.arange(min(1000, len(given))))
+    faces = LabelledFaces(few, few.targets("single"), preprocessing)
+    logits = [model(preprocessing.normalise(faces.read(part).images)) for part in torch.arange(len(faces)).split(64)]
+    p = torch.cat(logits).softmax(dim=1)
+    weights = naw_weights(p, torch.from_numpy(few.single), 1.0, NAW_PRESETS["nla"]).numpy()
+    right, agreed = few.single == few.majority(), few.votes.max(axis=1)
+    groups = {"right": right, "wrong": ~right}
+    groups |= {words: (agreed >= low) & (agreed <= high) for words, (low, high) in AGREEMENT.items()}
+    return {words: float(weights[chosen].mean()) if chosen.any() else float("nan") for words, chosen in groups.items()}
+
+
+def best_bias(probabilities: npt.NDArray[np.float32], labels: Labels) -> npt.NDArray[np.float64]:
+    """A logit bias per class that gives the trusted faces the best mean of accuracy and macro-F1; class by class,
+    twice over."""
+    bias = np.zeros(len(EXPRESSIONS))
+    log_p = np.log(probabilities.clip(1e-9))
+
+    def score(candidate: npt.NDArray[np.float64]) -> float:
+        scores = expression_scores(labels, (log_p + candidate).argmax(axis=1), len(EXPRESSIONS))
+        return scores.accuracy + scores.macro_f1
+
+    for _ in range(2):
+        for index in range(len(bias)):
+            steps = bias[index] + np.linspace(-1.5, 1.5, 31)
+            tried = [score(np.where(np.arange(len(bias)) == index, step, bias)) for step in steps]
+            bias[index] = steps[int(np.argmax(tried))]
+    return bias
+
+
+def part_of(faces: FaceSet, chosen: npt.NDArray[np.int64]) -> FaceSet:
+    """Some of the faces, in the order given."""
+    return FaceSet(
+        names=[faces.names[index] for index in chosen.tolist()],
+        votes=faces.votes[chosen],
+        single=faces.single[chosen],
+        image=lambda index: faces.image(int(chosen[index])),
+    )
+
+
+class Results:
+    """Finished runs, a JSON line each; written as they end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: list[dict[str, Any]] = []
+        if path.exists():
+            self._rows = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def has(self, setting: str, name: str, seed: int) -> bool:
+        return any(row["seed"] == seed for row in self.of(setting, name))
+
+    def of(self, setting: str, name: str) -> list[dict[str, Any]]:
+        return [row for row in self._rows if (row["setting"], row["objective"]) == (setting, name)]
+
+    def names(self, setting: str) -> list[str]:
+        return list(dict.fromkeys(row["objective"] for row in self._rows if row["setting"] == setting))
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in self._rows))
+
+
+def tables(results: Results) -> str:
+    """One table per setting, in percent: mean and 95% interval over seeds where there are several."""
+    parts = []
+    for setting in SETTINGS:
+        names = results.names(setting)
+        if not names:
+            continue
+        wrong = 100 * results.of(setting, names[-1])[0]["wrong_labels"]
+        columns = ["objective", "seeds", "accuracy", "macro-F1", *(f"agreed {words}" for words in AGREEMENT)]
+        lines = [f"### {setting}: {wrong:.0f}% of the labels are wrong", ""]
+        lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        for name in sorted(names, key=lambda name: -np.mean([row["accuracy"] for row in results.of(setting, name)])):
+            rows = results.of(setting, name)
+            cells = [name, str(len(rows))]
+            cells += [interval([row[key] for row in rows]) for key in ("accuracy", "macro_f1")]
+            cells += [f"{100 * np.mean([row['by_agreement'][words] for row in rows]):.1f}" for words in AGREEMENT]
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def interval(shares: list[float]) -> str:
+    """Mean of shares in percent, with the half width of its 95% interval by Student's t."""
+    values = 100 * np.array(shares)
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    half = student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return f"{values.mean():.1f} ± {half:.1f}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
