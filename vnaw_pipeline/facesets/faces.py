@@ -1,28 +1,22 @@
-"""Static expression data: FERPlus, RAF-DB and AffectNet as their owners ship them, mapped into the eight expressions.
-
-What people said of a face is kept as votes, so that a single label, a majority and a distribution all come from one
-table. Contempt goes to Other; 'unknown' and 'no face' (NF) are kept beside the eight, to be left out.
+"""A set of faces: what people said of each is kept as votes, so that a single label, a majority and a distribution
+all come from one table. Contempt goes to Other; 'unknown' and 'no face' (NF) are kept beside the eight, to be left out.
 """
 
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from vnaw_pipeline.crops.video import Rgb
-from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL
 
 Split = Literal["train", "validation", "test"]
 LabelSource = Literal["single", "majority", "votes"]
-_FERPLUS_COLUMNS = ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt")
-_FERPLUS_CLASSES = ("Neutral", "Happiness", "Surprise", "Sadness", "Anger", "Disgust", "Fear", "Other")
-_FER2013_CLASSES = ("Anger", "Disgust", "Fear", "Happiness", "Sadness", "Surprise", "Neutral")
+VOTE_COLUMNS = len(EXPRESSIONS) + 2
+"""The expressions, 'unknown' and 'no face'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,48 +80,11 @@ def join_faces(sets: Sequence[FaceSet]) -> FaceSet:
     )
 
 
-def read_faces(path: Path, split: Split) -> FaceSet:
-    """Open a set of static faces; which one it is follows from what lies there.
-
-    `<name>.npz`: arrays `image` uint8 (N, H, W), `name` (N,), `votes` (N, 10) in FERPlus's order, `fer2013_label` (N,)
-    in FER2013's codes, -1 for none; it has no splits, so all of it is taken.
-
-    Raises:
-        DataError: nothing that is known, or every problem of the set at once.
-    """
-    if path.suffix == ".npz":
-        return _read_npz(path)
-    raise DataError(f"{path} is no set of faces that is known: a FERPlus .npz file.")
-
-
-def _read_npz(path: Path) -> FaceSet:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {key: file[key] for key in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not a readable .npz file: {error}.") from error
-    if missing := [key for key in ("image", "name", "votes", "fer2013_label") if key not in found]:
-        raise DataError(f"{path} has no array '{missing[0]}'; expected image, name, votes and fer2013_label.")
-    images, votes = found["image"], found["votes"]
-    if images.ndim != 3 or images.dtype != np.uint8 or votes.shape != (len(images), 10):
-        raise DataError(
-            f"{path}: image is {images.dtype} {images.shape} and votes {votes.shape}; "
-            "expected uint8 (N, H, W) and (N, 10)."
-        )
-    return FaceSet(
-        names=[str(name) for name in found["name"]],
-        votes=ferplus_votes(votes),
-        single=np.append(_codes(_FER2013_CLASSES), IGNORE_LABEL)[found["fer2013_label"].astype(np.int64)],
-        image=lambda index: np.repeat(images[index, :, :, None], 3, axis=2),
-    )
-
-
-def ferplus_votes(votes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """FERPlus's ten columns (N, 10) in the order of `EXPRESSIONS`; unknown and NF stay last."""
-    ordered = np.zeros(votes.shape, np.float32)
-    ordered[:, [*_codes(_FERPLUS_CLASSES), 8, 9]] = votes
-    return ordered
-
-
-def _codes(classes: Sequence[str]) -> npt.NDArray[np.int64]:
+def codes_of(*classes: str) -> npt.NDArray[np.int64]:
+    """Where a set's classes, in the set's order, stand in `EXPRESSIONS`."""
     return np.array([EXPRESSIONS.index(name) for name in classes], dtype=np.int64)
+
+
+def one_vote(single: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Votes (N, 10) of faces that have one label each, (N,)."""
+    return np.eye(VOTE_COLUMNS, dtype=np.float32)[single]
