@@ -12,7 +12,7 @@ import numpy as np
 from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.facesets.faces import FaceSet, Split, codes_of, one_vote
 from vnaw_pipeline.facesets.images import FolderListings, read_image
-from vnaw_pipeline.facesets.tables import Names, Problems, Table, read_text_rows, split_fields, table_of, whole_number
+from vnaw_pipeline.facesets.tables import Names, Problems, Table, split_fields, table_of, whole_number
 from vnaw_pipeline.textlines import shortened
 
 _CODES = codes_of("Neutral", "Happiness", "Sadness", "Surprise", "Fear", "Disgust", "Anger", "Other")
@@ -125,23 +125,23 @@ def _faces_of(path: Path, names: Sequence[str], folders: Sequence[Path], labels:
 
 def _open_table(path: Path, problems: Problems) -> tuple[Table, int, int]:
     """The rows, and which column holds the path and which the code. The official validation.csv has no header."""
-    lines = read_text_rows(path, problems)
-    if not lines or lines[0][0] != 1:
+    lines = problems.read_lines(path)
+    if not lines:
         return Table.empty(path), 0, 0
-    header = split_fields(lines[0][1])
+    header = split_fields(lines[0])
     official_code = _OFFICIAL_COLUMNS.index("expression")
     if len(header) == len(_OFFICIAL_COLUMNS) and header[official_code].isdigit():
-        return table_of(path, lines, len(header), problems), 0, official_code
+        return table_of(path, lines, 0, problems), 0, official_code
     found = []
     for names, what in ((_IMAGE_COLUMNS, "image's path"), (_CODE_COLUMNS, "expression")):
         columns = [column for column, name in enumerate(header) if name in names]
         found += columns[:1]
         if len(columns) != 1:
-            seen = f"{len(columns)} columns for the {what} in the header {shortened(lines[0][1])}"
+            seen = f"{len(columns)} columns for the {what} in the header {shortened(lines[0])}"
             problems.add(path, 1, f"{seen}; expected one, called {' or '.join(names)}")
     if len(found) != 2:
         return Table.empty(path), 0, 0
-    return table_of(path, lines[1:], len(header), problems), found[0], found[1]
+    return table_of(path, lines, 1, problems), found[0], found[1]
 
 
 def _read_code(path: Path) -> int:
@@ -149,7 +149,7 @@ def _read_code(path: Path) -> int:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"is not a readable .npy file: {error}") from error
+        raise DataError(f"is not a readable .npy file: {str(error).partition('. ')[0]}") from error
     if not isinstance(array, np.ndarray):
         raise DataError("is an .npz file under another name; expected one array")
     if array.size != 1 or array.dtype.kind not in "iufU":

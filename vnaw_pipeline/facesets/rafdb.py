@@ -8,7 +8,7 @@ import numpy as np
 from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.facesets.faces import FaceSet, Split, codes_of, one_vote
 from vnaw_pipeline.facesets.images import FolderListings, read_image
-from vnaw_pipeline.facesets.tables import Names, Problems, read_text_rows, whole_number
+from vnaw_pipeline.facesets.tables import Names, Problems, whole_number
 from vnaw_pipeline.textlines import shortened
 
 _CODES = codes_of("Surprise", "Fear", "Disgust", "Happiness", "Sadness", "Anger", "Neutral")
@@ -37,7 +37,7 @@ def read_rafdb(root: Path, split: Split) -> FaceSet:
     problems, listings = Problems(), FolderListings()
     seen = Names(path, problems)
     names, labels = [], []
-    for line, text in read_text_rows(path, problems):
+    for line, text in enumerate(problems.read_lines(path), start=1):
         fields = text.split()
         if len(fields) != 2:
             problems.add(path, line, f"{len(fields)} columns in {shortened(text)}; expected an image and a label")

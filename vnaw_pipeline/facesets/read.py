@@ -123,10 +123,8 @@ def _read_npz(path: Path) -> FaceSet:
 
 def _load_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
-        file = np.load(path, allow_pickle=False)
-        arrays = {} if isinstance(file, np.ndarray) else {key: file[key] for key in file.files}
+        with path.open("rb") as handle:
+            file = np.load(handle, allow_pickle=False)
+            return {} if isinstance(file, np.ndarray) else {key: file[key] for key in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a readable .npz file: {error}.") from error
-    if not isinstance(file, np.ndarray):
-        file.close()
-    return arrays
+        raise DataError(f"{path} is not a readable .npz file: {str(error).partition('. ')[0]}.") from error

@@ -15,10 +15,20 @@ class Problems:
 
     def __init__(self) -> None:
         self._found: dict[Path, list[LineProblem]] = {}
+        self._undecodable: set[tuple[Path, int]] = set()
 
     def add(self, path: Path, line: int | None, message: str) -> None:
-        """Note a problem; `line` is None for the file as a whole."""
-        self._found.setdefault(path, []).append(LineProblem(line, message))
+        """Note a problem; `line` is None for the file as a whole. That a line is not UTF-8 is said of it alone."""
+        if line is None or (path, line) not in self._undecodable:
+            self._found.setdefault(path, []).append(LineProblem(line, message))
+
+    def read_lines(self, path: Path) -> list[str]:
+        """The lines of a text file; those that are not UTF-8 keep their place and are problems."""
+        lines, found = read_lines(path)
+        for problem in found:
+            self.add(path, *problem)
+        self._undecodable.update((path, problem.line) for problem in found if problem.line is not None)
+        return lines
 
     def raise_any(self) -> None:
         """
@@ -53,38 +63,30 @@ class Table(NamedTuple):
         return cls(path, [], 0)
 
 
-def read_text_rows(path: Path, problems: Problems) -> list[tuple[int, str]]:
-    """The lines of a text file with their numbers, without those that are not UTF-8; they are problems."""
-    lines, found = read_lines(path)
-    for problem in found:
-        problems.add(path, *problem)
-    bad = {problem.line for problem in found}
-    return [(number, line) for number, line in enumerate(lines, start=1) if number not in bad]
-
-
 def read_table(path: Path, problems: Problems, header: Sequence[str]) -> Table:
     """A comma-separated file whose first line must be `header`."""
-    lines = read_text_rows(path, problems)
-    if not lines or lines[0][0] != 1:
-        return Table.empty(path)
-    if split_fields(lines[0][1]) != list(header):
-        problems.add(path, 1, f"the header is {shortened(lines[0][1])}; expected {','.join(header)!r}")
-        return Table.empty(path)
-    return table_of(path, lines[1:], len(header), problems)
-
-
-def table_of(path: Path, lines: list[tuple[int, str]], columns: int, problems: Problems) -> Table:
-    """Split numbered lines into `columns` fields each; lines with fewer or more are problems."""
+    lines = problems.read_lines(path)
     if not lines:
+        return Table.empty(path)
+    if split_fields(lines[0]) != list(header):
+        problems.add(path, 1, f"the header is {shortened(lines[0])}; expected {','.join(header)!r}")
+        return Table.empty(path)
+    return table_of(path, lines, 1, problems)
+
+
+def table_of(path: Path, lines: list[str], skipped: int, problems: Problems) -> Table:
+    """Split lines into as many fields as the first has, leaving some out at the top; fewer or more are problems."""
+    columns = len(split_fields(lines[0]))
+    if len(lines) == skipped:
         problems.add(path, None, "there is no row")
     rows = []
-    for number, line in lines:
+    for number, line in enumerate(lines[skipped:], start=skipped + 1):
         fields = split_fields(line)
         if len(fields) == columns:
             rows.append(Row(number, fields))
         else:
             problems.add(path, number, f"{len(fields)} columns in {shortened(line)}; expected {columns}")
-    return Table(path, rows, len(lines))
+    return Table(path, rows, len(lines) - skipped)
 
 
 def split_fields(line: str) -> list[str]:
