@@ -41,7 +41,7 @@ class FaceSet:
         most = self.votes.max(axis=1)
         tied = (self.votes == most[:, None]).sum(axis=1) > 1
         chosen = self.votes.argmax(axis=1)
-        return np.where(tied | (chosen >= len(EXPRESSIONS)) | (most == 0), IGNORE_LABEL, chosen).astype(np.int64)
+        return np.where(tied | (chosen >= len(EXPRESSIONS)), IGNORE_LABEL, chosen).astype(np.int64)
 
     def targets(self, source: LabelSource) -> npt.NDArray[np.float32]:
         """What to learn, as a distribution over the expressions, (N, 8); rows of zeros are not used.
