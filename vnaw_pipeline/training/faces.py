@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vnaw_pipeline.config import PipelineConfig, PretrainConfig
 from vnaw_pipeline.errors import ConfigError, DataError
-from vnaw_pipeline.facesets import FaceSet, Split, join_faces, read_faces
+from vnaw_pipeline.facesets.faces import FaceSet, Split, join_faces
+from vnaw_pipeline.facesets.read import read_faces
 from vnaw_pipeline.features.encoder import Encoder, Preprocessing, build_encoder, encoder_of_weights, load_encoder
 from vnaw_pipeline.losses.images import distillation_loss
 from vnaw_pipeline.metrics import expression_scores
