@@ -27,7 +27,8 @@ from torch import nn
 
 from vnaw_pipeline.checkpoints import load_tensors, save_tensors
 from vnaw_pipeline.config import PipelineConfig
-from vnaw_pipeline.facesets import FaceSet, read_faces
+from vnaw_pipeline.facesets.faces import FaceSet
+from vnaw_pipeline.facesets.read import read_faces
 from vnaw_pipeline.features.encoder import build_encoder, load_encoder
 from vnaw_pipeline.losses.naw import NAW_PRESETS, naw_weights
 from vnaw_pipeline.metrics import expression_scores

@@ -13,7 +13,7 @@ import torch
 from vnaw_pipeline.checkpoints import load_tensors
 from vnaw_pipeline.config import PipelineConfig, dump_config
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
-from vnaw_pipeline.facesets import read_faces
+from vnaw_pipeline.facesets.read import read_faces
 from vnaw_pipeline.features.encoder import Preprocessing, encoder_of_weights, load_encoder
 from vnaw_pipeline.prediction.faces import evaluate_faces
 from vnaw_pipeline.tasks import EXPRESSIONS

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -17,11 +18,12 @@ from sklearn.preprocessing import StandardScaler
 
 from vnaw_pipeline.annotations import read_annotation
 from vnaw_pipeline.checks import check_manifest
-from vnaw_pipeline.config import PipelineConfig
+from vnaw_pipeline.config import PipelineConfig, load_config
 from vnaw_pipeline.errors import DataError, listing
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.extract import extract_features
 from vnaw_pipeline.features.store import open_store
+from vnaw_pipeline.inference.run import infer_videos
 from vnaw_pipeline.manifests import build_manifest, read_labels, write_manifest
 from vnaw_pipeline.metrics import ExpressionScores
 from vnaw_pipeline.prediction.evaluate import evaluate_predictions, scores_as_json
@@ -32,10 +34,11 @@ from vnaw_pipeline.prediction.predict import (
     write_predictions,
 )
 from vnaw_pipeline.prediction.submission import write_submission
-from vnaw_pipeline.provenance import write_json
+from vnaw_pipeline.provenance import write_bytes, write_json
+from vnaw_pipeline.rendering.clip import scene, write_clip
 from vnaw_pipeline.rendering.dataset import render_dataset
 from vnaw_pipeline.report.figures import draw_confusion, draw_timeline
-from vnaw_pipeline.runs import RunFolder
+from vnaw_pipeline.runs import RunFolder, open_run
 from vnaw_pipeline.stages import StageReport
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS
 from vnaw_pipeline.training.frames import finetune_encoder
@@ -52,7 +55,7 @@ def run_demo(work_dir: Path, config: PipelineConfig, say: Callable[[str], None])
     """Render the data and run every stage; what is there already from an earlier run is kept.
 
     Writes below `work_dir`: `data/`, `manifest.csv`, `encoder/`, `features.zarr/`, `runs/`, `submission.txt`,
-    `figures/`, `results.json`. `say` is given each stage's last line and the table.
+    `infer/`, `figures/`, `results.json`. `say` is given each stage's last line and the table.
 
     Raises:
         PipelineError: as the stages; CheckpointError if `work_dir` holds a demo with another config.
@@ -106,11 +109,22 @@ def run_demo(work_dir: Path, config: PipelineConfig, say: Callable[[str], None])
         work_dir / "results.json",
         {name: {kind: scores_as_json(s, _TASK) for kind, s in of.items()} for name, of in scores.items()},
     )
+    report(_infer(work_dir / "infer", manifest, crops, run))
     _draw(work_dir / "figures", manifest, annotations, truth, tables["temporal, V-NAW"], scores["temporal, V-NAW"])
     say(format_table(scores))
     say(f"figures in {work_dir / 'figures'}, scores in {work_dir / 'results.json'}")
     minutes, seconds = divmod(time.monotonic() - started, 60)
     say(f"demo: done in {minutes:.0f} min {seconds:02.0f} s")
+
+
+def _infer(out_dir: Path, manifest: pd.DataFrame, crops: Path, run: RunFolder) -> StageReport:
+    """Show `vnaw infer` on a validation person as a video file, and on one frame of it as an image."""
+    person = manifest[manifest.split == "validation"].sort_values("num_frames").iloc[0]
+    clip, image = out_dir / "drawn_person.mp4", out_dir / "drawn_face.png"
+    write_clip(crops / person.crops, int(person.num_frames), clip)
+    first = min((crops / person.crops).glob("*.jpg"))
+    write_bytes(image, cv2.imencode(".png", scene(first)[..., ::-1])[1].tobytes())
+    return infer_videos([clip, image], out_dir, load_config(run.config), run=open_run(run.path))
 
 
 def demo_manifest(data: Path) -> pd.DataFrame:
