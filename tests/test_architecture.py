@@ -36,6 +36,7 @@ ORDER = [
     "prediction",
     "training",
     "report",
+    "inference",
     "rendering",
     "demo",
     "cli",

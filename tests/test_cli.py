@@ -46,6 +46,7 @@ FROZEN_OPTIONS = {
     "predict": {"--manifest", "--store", "--run-dir", "--split", "--set"},
     "evaluate": {"--manifest", "--annotations", "--run-dir", "--split", "--json"},
     "submit": {"--run-dir", "--template", "--out", "--split"},
+    "infer": {"--out", "--encoder", "--run", "--camera", "--config", "--set"},
 }
 """A new option belongs in the config unless it says where; then add it here."""
 

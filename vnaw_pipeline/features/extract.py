@@ -88,7 +88,7 @@ def extract_features(
     mine = share_of(units, state.process_index, state.num_processes)
     frames = sum(unit.stop - unit.start for unit in mine)
     with (
-        _one_core_per_forward(state.device) as forwards,
+        one_core_per_forward(state.device) as forwards,
         progress_bar("extract", frames, shown=state.is_main_process) as bar,
     ):
         encode = make_encode(encoder, precision, state.device, forwards)
@@ -230,7 +230,7 @@ def make_encode(encoder: Encoder, precision: str, device: torch.device, forwards
 
 
 @contextmanager
-def _one_core_per_forward(device: torch.device) -> Iterator[int]:
+def one_core_per_forward(device: torch.device) -> Iterator[int]:
     """On a CPU, run each forward pass on one core, as many at a time as there are cores (yielded).
 
     Splitting one pass over cores may change the order of its sums, and so the bytes.
