@@ -259,13 +259,13 @@ def infer(
     overrides: Overrides = None,
 ) -> None:
     """Read the expressions of everyone in videos, images or from a camera: tables, time lines, annotated copies."""
+    if bool(inputs) == (camera is not None):
+        raise ConfigError("Give videos, images or folders to read, or --camera 0 (and not both).")
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.inference.run import infer_videos
     from vnaw_pipeline.runs import open_run
 
     _only_alone("infer")
-    if bool(inputs) == (camera is not None):
-        raise ConfigError("Give videos, images or folders to read, or --camera 0 (and not both).")
     opened = open_run(run) if run is not None else None
     if config is None and opened is not None:
         config = opened.folder.config

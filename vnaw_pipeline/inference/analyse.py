@@ -7,7 +7,7 @@ its faces are cut out. What stays is some forty bytes a face in memory, and the 
 import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,14 +38,15 @@ from vnaw_pipeline.stages import usable_cores
 DEFAULT_ENCODER = "drawn_swin"
 """Of the weights that ship, those used where none are named. Their head gives the expressions."""
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Clock:
     """Seconds spent in each part of the work, summed over threads."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._lock = threading.Lock()
 
     @contextmanager

@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, cast
 
 import av
 import cv2
 import numpy as np
 import pandas as pd
 from av.container import InputContainer, OutputContainer
-from av.packet import Packet
+from av.video.stream import VideoStream
 
 from vnaw_pipeline.crops.video import Frame, Rgb
 from vnaw_pipeline.report.figures import CLASS_COLOURS
@@ -19,7 +20,8 @@ _TICKS = 90_000
 """A second in an MP4's own steps: fine enough for every usual frame rate, and for varying ones."""
 _MP4_SOUND = {"aac", "mp3", "ac3", "eac3", "opus", "alac"}
 """Sound that players expect in an MP4; other sound is encoded again, as AAC."""
-_Sound = Iterator[tuple[float, list[Packet]]]
+_Sound = Iterator[tuple[float, list[Any]]]
+"""Packets (of av, which cannot be named with its type) and when they begin, in seconds."""
 
 
 def drawer(table: pd.DataFrame) -> Callable[[Frame], Rgb]:
@@ -35,15 +37,16 @@ def drawer(table: pd.DataFrame) -> Callable[[Frame], Rgb]:
     def draw(frame: Frame) -> Rgb:
         for row in range(*np.searchsorted(frame_index, [frame.frame_index, frame.frame_index + 1])):
             label = f"{person[row]} {names[code[row]]} {100 * probability[row]:.0f}%"
-            _draw_face(frame.rgb, *place[row].tolist(), label, CLASS_COLOURS[code[row]])
+            _draw_face(frame.rgb, place[row].tolist(), label, CLASS_COLOURS[code[row]])
         return frame.rgb
 
     return draw
 
 
-def _draw_face(rgb: Rgb, x: int, y: int, width: int, height: int, label: str, colour: str) -> None:
+def _draw_face(rgb: Rgb, place: list[int], label: str, colour: str) -> None:
     """A box, and the label above it on a plate of the same colour; inside the picture, whatever the box."""
     ink = tuple(int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    x, y, width, height = place
     line = max(1, round(max(rgb.shape[:2]) / 400))
     cv2.rectangle(rgb, (x, y), (x + width, y + height), ink, line)
     size = max(rgb.shape[:2]) / 1300
@@ -64,7 +67,8 @@ def write_through(path: Path, frames: Iterable[Frame], sound_of: Path | None = N
     with ExitStack() as stack:
         out = stack.enter_context(av.open(f"file:{path}", "w"))
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        stream = out.add_stream(codec, rate=25, options={"preset": "veryfast", "crf": "20"} if codec != "mpeg4" else {})
+        options = {"preset": "veryfast", "crf": "20"} if codec == "libx264" else {}
+        stream = cast(VideoStream, out.add_stream(codec, rate=25, options=options))
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = Fraction(1, _TICKS)
         sound = _open_sound(sound_of, out, stack) if sound_of is not None else iter(())

@@ -38,8 +38,7 @@ def frame_table(video: str, sightings: Sightings, spool: Spool, models: Models) 
         no_answer = np.full((len(frames), len(models.outputs)), np.nan, np.float32)
         tables = [_rows(None, frames, nothing, no_answer, sightings, models)]
     table = pd.concat(tables, ignore_index=True)
-    table.insert(0, "video", pd.Categorical.from_codes(np.zeros(len(table), np.int8), pd.Index([video])))
-    return table
+    return table.assign(video=pd.Categorical([video]).repeat(len(table)))[["video", *table.columns]]
 
 
 def people_of(sightings: Sightings, models: Models) -> list[int]:
@@ -65,14 +64,13 @@ def _person_table(
     else:
         raw = np.zeros((len(frames), len(models.outputs)), np.float32)
         raw[valid] = _each_block(rows, spool, models)
-        frame_s = frame_seconds(sightings.time_s)
-        half_width = round(infer.smooth_s / frame_s) if frame_s > 0 else 0
+        half_width = round(infer.smooth_s / frame_seconds(sightings.time_s))
     return _rows(person, frames, rows, finish(raw, valid, time_s, infer.fill_gaps_s, half_width), sightings, models)
 
 
 def frame_seconds(time_s: npt.NDArray[np.float64]) -> float:
-    """How long a frame of these times (T,) usually lasts; 0 for a single one."""
-    return float(np.median(np.diff(time_s))) if len(time_s) > 1 else 0.0
+    """How long a frame of these times (T,) usually lasts; a single one, or without times, as at 25 a second."""
+    return (float(np.median(np.diff(time_s))) if len(time_s) > 1 else 0.0) or 1 / 25
 
 
 def finish(
@@ -98,7 +96,10 @@ def _each_block(rows: npt.NDArray[np.int64], spool: Spool, models: Models) -> Pr
 
 
 def _read_rows(spool: Spool, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
-    return spool.read(int(rows[0]), int(rows[-1]) + 1)[rows - rows[0]]
+    """Some rows of the spool, ascending; what lies between them is read too."""
+    between = spool.read(int(rows[0]), int(rows[-1]) + 1)
+    chosen: npt.NDArray[np.float16] = between[rows - rows[0]]
+    return chosen
 
 
 def _temporal_probabilities(

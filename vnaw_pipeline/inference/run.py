@@ -202,8 +202,7 @@ def _timeline_columns(
 ) -> tuple[dict[str, npt.NDArray[np.int64]], npt.NDArray[np.float32]]:
     """The answers at evenly spaced times, whatever the frame rate: the frame shown then, if it has one."""
     start, end = span_s
-    count = min(_TIMELINE_COLUMNS, max(2, 2 * len(rows)))
-    times = start + (np.arange(count) + 0.5) * (end - start) / count
+    times = start + (np.arange(_TIMELINE_COLUMNS) + 0.5) * (end - start) / _TIMELINE_COLUMNS
     time_s = rows.time_s.to_numpy()
     place = np.searchsorted(time_s, times, side="right") - 1
     frame_s = (time_s[-1] - time_s[0]) / max(1, len(time_s) - 1)
@@ -226,6 +225,9 @@ def _expected_frames(path: Path) -> int:
 
 def _speed(clock: Clock, video_s: float, seconds: float) -> str:
     total = sum(clock.seconds.values())
-    shares = ", ".join(f"{part} {100 * spent / total:.0f} %" for part, spent in clock.seconds.most_common())
+    shares = ", ".join(
+        f"{part} {100 * spent / total:.0f} %"
+        for part, spent in sorted(clock.seconds.items(), key=lambda part: -part[1])
+    )
     rate = f"{video_s / seconds:.2f} x real time, " if video_s else ""
     return f"{rate}shares of the work: {shares}"
