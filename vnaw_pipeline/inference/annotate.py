@@ -67,7 +67,7 @@ def write_through(path: Path, frames: Iterable[Frame], sound_of: Path | None = N
     with ExitStack() as stack:
         out = stack.enter_context(av.open(f"file:{path}", "w"))
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        options = {"preset": "veryfast", "crf": "20"} if codec == "libx264" else {}
+        options = {"preset": "superfast", "crf": "21"} if codec == "libx264" else {}
         stream = cast(VideoStream, out.add_stream(codec, rate=25, options=options))
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = Fraction(1, _TICKS)
@@ -131,8 +131,9 @@ def _copied(source: InputContainer, out: OutputContainer) -> _Sound:
 
 def _encoded(source: InputContainer, out: OutputContainer) -> _Sound:
     given = source.streams.audio[0]
-    stream = out.add_stream("aac", rate=given.rate, layout=given.layout.name)
-    resampler = av.AudioResampler("fltp", given.layout.name, given.rate)
+    layout = "mono" if given.layout.nb_channels == 1 else "stereo"  # PCM often does not say which channels it holds
+    stream = out.add_stream("aac", rate=given.rate, layout=layout)
+    resampler = av.AudioResampler("fltp", layout, given.rate)
 
     def packets() -> _Sound:
         with suppress(av.error.FFmpegError):

@@ -180,6 +180,7 @@ def spans_of(table: pd.DataFrame, min_span_s: float, frame_s: float) -> list[tup
     codes = table.expression.cat.codes.to_numpy()
     time_s = table.time_s.to_numpy()
     bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
+    least_s = min_span_s - frame_s / 2  # spans are whole frames, times are rounded
     runs = [[start, stop, int(codes[start])] for start, stop in pairwise(bounds)]
 
     def seconds(run: list[int]) -> float:
@@ -189,7 +190,7 @@ def spans_of(table: pd.DataFrame, min_span_s: float, frame_s: float) -> list[tup
         return [near for near in (place - 1, place + 1) if 0 <= near < len(runs) and runs[near][2] >= 0]
 
     while short := [
-        place for place, run in enumerate(runs) if run[2] >= 0 and seconds(run) < min_span_s and touching(place)
+        place for place, run in enumerate(runs) if run[2] >= 0 and seconds(run) < least_s and touching(place)
     ]:
         place = min(short, key=lambda place: seconds(runs[place]))
         runs[place][2] = runs[max(touching(place), key=lambda near: seconds(runs[near]))][2]
