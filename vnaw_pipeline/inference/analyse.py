@@ -4,6 +4,7 @@ Frames are looked at side by side, each on one core, and encoded in batches; a f
 its faces are cut out. What stays is some forty bytes a face in memory, and the embeddings in a temporary file.
 """
 
+import logging
 import tempfile
 import threading
 import time
@@ -12,12 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-import torch
 
 from vnaw_pipeline.config import EncoderConfig, PipelineConfig
 from vnaw_pipeline.crops.align import align_face
@@ -38,6 +38,10 @@ from vnaw_pipeline.stages import usable_cores
 DEFAULT_ENCODER = "drawn_swin"
 """Of the weights that ship, those used where none are named. Their head gives the expressions."""
 
+SIGHTING = np.dtype([("frame_index", "i4"), ("track", "i4"), ("box", "f4", 4), ("score", "f4")])
+"""One face: in which frame, the tracker's number of its person, x0, y0, x1, y1 in pixels, and the detector's score."""
+
+_LOG = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -78,9 +82,16 @@ class Models:
     encoder: Encoder
     encode: Encode
     run: Run | None
-    outputs: tuple[str, ...]
-    """The expressions, in the order of the logits."""
-    notes: list[str]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The expressions, in the order of the logits (K)."""
+        return self.encoder.outputs if self.run is None else self.run.task.outputs
+
+    @property
+    def probability_columns(self) -> list[str]:
+        """Columns of their probabilities, `p_neutral` ..."""
+        return [f"p_{name.lower()}" for name in self.outputs]
 
 
 class Spool:
@@ -100,26 +111,20 @@ class Spool:
         """Add rows (n, D)."""
         self._file.write(embeddings.tobytes())
 
-    def read(self, start: int, stop: int) -> npt.NDArray[np.float16]:
-        """Rows start to stop - 1."""
-        row_bytes = 2 * self._dim
-        self._file.seek(start * row_bytes)
-        content = self._file.read((stop - start) * row_bytes)
-        return np.frombuffer(content, np.float16).reshape(-1, self._dim)
+    def read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+        """Some rows, ascending; what lies between them is read too."""
+        self._file.seek(int(rows[0]) * 2 * self._dim)
+        content = self._file.read((int(rows[-1]) + 1 - int(rows[0])) * 2 * self._dim)
+        between = np.frombuffer(content, np.float16).reshape(-1, self._dim)
+        chosen: npt.NDArray[np.float16] = between[rows - rows[0]]
+        return chosen
 
 
-@dataclass(frozen=True)
-class Sightings:
-    """The faces of a video, `N` in all, in order of its `T` frames.
+class Sightings(NamedTuple):
+    """The faces (N,) of a video as SIGHTING, in the order of its frames, and the times of these, float64 (T,)."""
 
-    `time_s` (T,) float64; of each face its `frame_index`, `track` (the tracker's number), `box` (N, 4), `score`.
-    """
-
+    faces: npt.NDArray[np.void]
     time_s: npt.NDArray[np.float64]
-    frame_index: npt.NDArray[np.int32]
-    track: npt.NDArray[np.int32]
-    box: npt.NDArray[np.float32]
-    score: npt.NDArray[np.float32]
 
 
 class _Look(NamedTuple):
@@ -149,25 +154,20 @@ def open_models(config: PipelineConfig, encoder: str | None, run: Run | None) ->
     loaded = load_encoder(wanted, config.seed)
     device = process_state().device
     precision = resolve_precision(config.extract.precision, device)
-    outputs, notes = loaded.outputs, list[str]()
     if run is not None:
         precision = run.header["features"]["precision"]  # the numbers that its model was trained on
-        outputs, notes = (
-            run.task.outputs,
-            _check_features(run, loaded, crop_settings(detector, config.crop)["crop_set"]),
-        )
+        _check_features(run, loaded, crop_settings(detector, config.crop)["crop_set"])
     elif loaded.head is None:
         raise ConfigError(
             f"The encoder {wanted.weights} has no head that names expressions. Give a run of `vnaw train` on its "
             "features with --run, or an encoder with a head (`vnaw finetune` writes one)."
         )
     with one_core_per_forward(device) as forwards:
-        yield Models(config, detector, loaded, make_encode(loaded, precision, device, forwards), run, outputs, notes)
+        yield Models(config, detector, loaded, make_encode(loaded, precision, device, forwards), run)
 
 
-def _check_features(run: Run, encoder: Encoder, crop_set: str) -> list[str]:
-    """Other crops than in training are for the reader to judge, since a run on Aff-Wild2's own is of use elsewhere;
-    another encoder is an error."""
+def _check_features(run: Run, encoder: Encoder, crop_set: str) -> None:
+    """Another encoder than in training is an error; other crops are said: a run on Aff-Wild2's is of use here."""
     trained = run.header["features"]
     made = {"crops": trained["crops"], "precision": trained["precision"], "views": [PLAIN], **encoder.fingerprint()}
     if unlike := differences(made, trained):
@@ -175,9 +175,8 @@ def _check_features(run: Run, encoder: Encoder, crop_set: str) -> list[str]:
             f"{run.folder.path} was trained on the features of another encoder (found here, wanted by the run): "
             f"{'; '.join(unlike)}. Name the run's encoder with --encoder."
         )
-    if trained["crops"] == crop_set:
-        return []
-    return [f"The run was trained on crops '{trained['crops']}'; here they are '{crop_set}', so scores may be lower."]
+    if trained["crops"] != crop_set:
+        _LOG.warning("The run was trained on crops '%s'; here they are '%s'.", trained["crops"], crop_set)
 
 
 def analyse(
@@ -185,36 +184,30 @@ def analyse(
 ) -> Sightings:
     """Find, cut out and encode every face of every frame, exactly as `vnaw crop` and `vnaw extract` do, and say who
     is who; embeddings go to the spool in the order of the sightings."""
-    config = models.config
-    tracker = PeopleTracker(config.infer.return_s)
+    workers, batch_frames = usable_cores(), models.config.extract.batch_frames
+    tracker = PeopleTracker(models.config.infer.return_s)
     times: list[float] = []
-    parts: list[tuple[npt.NDArray[np.int32], ...]] = []
-    places: list[npt.NDArray[np.float32]] = []
+    parts: list[npt.NDArray[np.void]] = []
     before: Rgb | None = None
-    workers = usable_cores()
     with ThreadPoolExecutor(workers, thread_name_prefix="infer") as pool:
         looks = _in_order(pool, lambda frame: _look(frame, models, clock), clock.each("decode", frames), 2 * workers)
-        batches = _batches(looks, config.extract.batch_frames)
+        batches = _batches(looks, batch_frames)
         for batch, embeddings in _in_order(pool, lambda batch: (batch, _encode(batch, models, clock)), batches, 1):
             spool.append(embeddings)
-            index: list[int] = []
-            tracks: list[int] = []
+            rows: list[tuple[Any, ...]] = []
             for look in batch:
                 boxes = [face.box for face in look.faces]
-                cut = is_cut(before, look.thumbnail)
-                tracks += tracker.update(boxes, look.colours, look.time_s, cut)
-                index += [len(times)] * len(boxes)
+                tracks = tracker.update(boxes, look.colours, look.time_s, is_cut(before, look.thumbnail))
+                rows += [
+                    (len(times), track, face.box, face.score) for track, face in zip(tracks, look.faces, strict=True)
+                ]
                 before = look.thumbnail
                 times.append(look.time_s)
-            parts.append((np.array(index, np.int32), np.array(tracks, np.int32)))
-            found = [[*face.box, face.score] for look in batch for face in look.faces]
-            places.append(np.array(found, np.float32).reshape(-1, 5))
+            parts.append(np.array(rows, SIGHTING))
             advance(len(batch))
     if not times:
         raise DataError("stopped before the first frame")
-    place = np.concatenate(places)
-    frame_index, track = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Sightings(np.array(times), frame_index, track, place[:, :4], place[:, 4])
+    return Sightings(np.concatenate(parts), np.array(times))
 
 
 def _look(frame: Frame, models: Models, clock: Clock) -> _Look:
@@ -271,16 +264,3 @@ def _in_order(
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
-
-
-def head_probabilities(models: Models, embeddings: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
-    """What the encoder's head makes of single frames; (n, D) -> (n, K)."""
-    assert models.encoder.head is not None
-    with torch.inference_mode():
-        logits = models.encoder.head(torch.from_numpy(embeddings.copy()).float())
-    return np.asarray(logits.softmax(dim=-1).numpy())
-
-
-def expression_columns(models: Models) -> list[str]:
-    """Columns of the probabilities, `p_neutral` ... in the order of `outputs`."""
-    return [f"p_{name.lower()}" for name in models.outputs]

@@ -1,7 +1,7 @@
 """The annotated copy: boxes, people and expressions drawn on every frame, with the times and the sound of the video."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +14,11 @@ from av.container import InputContainer, OutputContainer
 from av.video.stream import VideoStream
 
 from vnaw_pipeline.crops.video import Frame, Rgb
+from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.report.figures import CLASS_COLOURS
 
-_TICKS = 90_000
-"""A second in an MP4's own steps: fine enough for every usual frame rate, and for varying ones."""
+_TICKS = 60_000
+"""Steps of a second for frame times: whole numbers for the usual frame rates, and what MPEG-4 can still count."""
 _MP4_SOUND = {"aac", "mp3", "ac3", "eac3", "opus", "alac"}
 """Sound that players expect in an MP4; other sound is encoded again, as AAC."""
 _Sound = Iterator[tuple[float, list[Any]]]
@@ -63,8 +64,12 @@ def write_through(path: Path, frames: Iterable[Frame], sound_of: Path | None = N
 
     H.264 (MPEG-4 where FFmpeg has no x264), sides rounded up to even ones. A frame of another size, as some streams
     switch to, is scaled to that of the first. `sound_of`: the file whose first sound track goes with the frames.
+
+    Raises:
+        DataError: FFmpeg refuses the pictures or the sound.
     """
     with ExitStack() as stack:
+        stack.enter_context(_refusals_named(path))
         out = stack.enter_context(av.open(f"file:{path}", "w"))
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         options = {"preset": "superfast", "crf": "21"} if codec == "libx264" else {}
@@ -93,6 +98,16 @@ def write_through(path: Path, frames: Iterable[Frame], sound_of: Path | None = N
         while waiting is not None:
             out.mux(waiting[1])
             waiting = next(sound, None)
+
+
+@contextmanager
+def _refusals_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except av.error.FFmpegError as error:
+        if isinstance(error, OSError):  # such as a full disk
+            raise
+        raise DataError(f"no video {path.name.strip('.')} could be written: {error}") from error
 
 
 def _fitted(rgb: Rgb, width: int, height: int) -> Rgb:

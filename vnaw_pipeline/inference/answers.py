@@ -12,7 +12,7 @@ import torch
 
 from vnaw_pipeline.config import WindowConfig
 from vnaw_pipeline.features.bank import FeatureBank
-from vnaw_pipeline.inference.analyse import Models, Sightings, Spool, expression_columns, head_probabilities
+from vnaw_pipeline.inference.analyse import Models, Sightings, Spool
 from vnaw_pipeline.prediction.smooth import Probabilities, fill_gaps, smooth_mean
 from vnaw_pipeline.prediction.stitch import stitch_probabilities
 from vnaw_pipeline.report.figures import clock_time
@@ -30,7 +30,7 @@ def frame_table(video: str, sightings: Sightings, spool: Spool, models: Models) 
     was found), `x, y, width, height, score` (in pixels, empty where not valid), `expression` (of the largest
     probability), `p_...`. A frame that is not valid has the interpolated probabilities of a short gap, or none.
     """
-    rows_of = [np.flatnonzero(sightings.track == track) for track in people_of(sightings, models)]
+    rows_of = [np.flatnonzero(sightings.faces["track"] == track) for track in people_of(sightings, models)]
     tables = [_person_table(person, rows, sightings, spool, models) for person, rows in enumerate(rows_of, 1)]
     if not tables:
         frames = np.arange(len(sightings.time_s))
@@ -44,16 +44,17 @@ def frame_table(video: str, sightings: Sightings, spool: Spool, models: Models) 
 def people_of(sightings: Sightings, models: Models) -> list[int]:
     """The tracks that are people, in order of appearance and then from left to right."""
     least = min(models.config.infer.min_person_frames, len(sightings.time_s))
-    tracks, first, counts = np.unique(sightings.track, return_index=True, return_counts=True)
+    tracks, first, counts = np.unique(sightings.faces["track"], return_index=True, return_counts=True)
     kept = counts >= least
-    order = np.lexsort((sightings.box[first[kept], 0], sightings.frame_index[first[kept]]))
+    begin = sightings.faces[first[kept]]
+    order = np.lexsort((begin["box"][:, 0], begin["frame_index"]))
     return [int(track) for track in tracks[kept][order]]
 
 
 def _person_table(
     person: int, rows: npt.NDArray[np.int64], sightings: Sightings, spool: Spool, models: Models
 ) -> pd.DataFrame:
-    seen = sightings.frame_index[rows]
+    seen = sightings.faces["frame_index"][rows]
     frames = np.arange(seen[0], seen[-1] + 1)
     valid = np.isin(frames, seen)
     time_s = sightings.time_s[frames]
@@ -63,7 +64,7 @@ def _person_table(
         half_width = models.config.predict.smooth_half_width
     else:
         raw = np.zeros((len(frames), len(models.outputs)), np.float32)
-        raw[valid] = _each_block(rows, spool, models)
+        raw[valid] = _head_probabilities(rows, spool, models)
         half_width = round(infer.smooth_s / frame_seconds(sightings.time_s))
     return _rows(person, frames, rows, finish(raw, valid, time_s, infer.fill_gaps_s, half_width), sightings, models)
 
@@ -89,17 +90,15 @@ def finish(
     return final
 
 
-def _each_block(rows: npt.NDArray[np.int64], spool: Spool, models: Models) -> Probabilities:
-    """The head's answers for a person's rows of the spool."""
-    blocks = np.split(rows, range(_BLOCK_FRAMES, len(rows), _BLOCK_FRAMES))
-    return np.concatenate([head_probabilities(models, _read_rows(spool, block)) for block in blocks])
-
-
-def _read_rows(spool: Spool, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
-    """Some rows of the spool, ascending; what lies between them is read too."""
-    between = spool.read(int(rows[0]), int(rows[-1]) + 1)
-    chosen: npt.NDArray[np.float16] = between[rows - rows[0]]
-    return chosen
+def _head_probabilities(rows: npt.NDArray[np.int64], spool: Spool, models: Models) -> Probabilities:
+    """What the encoder's head makes of single frames, for a person's rows of the spool."""
+    answers = []
+    for block in np.split(rows, range(_BLOCK_FRAMES, len(rows), _BLOCK_FRAMES)):
+        with torch.inference_mode():
+            assert models.encoder.head is not None  # `open_models` made sure
+            logits = models.encoder.head(torch.from_numpy(spool.read(block)).float())
+        answers.append(logits.softmax(dim=-1).numpy())
+    return np.concatenate(answers)
 
 
 def _temporal_probabilities(
@@ -108,7 +107,7 @@ def _temporal_probabilities(
     """The temporal model's answers for a person, as `vnaw predict` gives them: windows start where those of the whole
     video do, whenever the person came; but only a block of frames is in memory at a time."""
     num_frames = len(sightings.time_s)
-    seen = sightings.frame_index[rows]
+    seen = sightings.faces["frame_index"][rows]
     first, last = int(seen[0]), int(seen[-1]) + 1
     answers = np.zeros((last - first, len(models.outputs)), np.float32)
     for start in range(first, last, _BLOCK_FRAMES):
@@ -119,8 +118,8 @@ def _temporal_probabilities(
             continue
         embeddings = torch.zeros(high - low + 1, models.encoder.embedding_dim, dtype=torch.float16)
         valid = torch.zeros(high - low + 1, dtype=torch.bool)
-        places = torch.from_numpy(sightings.frame_index[inside].astype(np.int64) - low)
-        embeddings[places] = torch.from_numpy(_read_rows(spool, inside))
+        places = torch.from_numpy(sightings.faces["frame_index"][inside].astype(np.int64) - low)
+        embeddings[places] = torch.from_numpy(spool.read(inside))
         valid[places] = True
         bank = FeatureBank(["block"], embeddings, valid, torch.tensor([0, high - low]))
         batch = models.config.predict.batch_windows
@@ -147,10 +146,10 @@ def _rows(
     models: Models,
 ) -> pd.DataFrame:
     """The table of one person: `rows` are their sightings, `probabilities` is (n, K) over their `frames`."""
-    seen = sightings.frame_index[rows] - frames[0] if len(frames) else rows
+    seen = sightings.faces["frame_index"][rows] - frames[0] if len(frames) else rows
     place = np.full((len(frames), len(_PLACE)), np.nan)
-    box = sightings.box[rows].astype(np.float64)
-    place[seen] = np.column_stack([box[:, :2], box[:, 2:] - box[:, :2], sightings.score[rows]])
+    box = sightings.faces["box"][rows].astype(np.float64)
+    place[seen] = np.column_stack([box[:, :2], box[:, 2:] - box[:, :2], sightings.faces["score"][rows]])
     valid = np.zeros(len(frames), np.bool_)
     valid[seen] = True
     answered = np.isfinite(probabilities[:, 0])
@@ -165,7 +164,7 @@ def _rows(
             "expression": pd.Categorical.from_codes(best, pd.Index(models.outputs)),
             **{
                 name: probabilities[:, column].astype(np.float64).round(6)
-                for column, name in enumerate(expression_columns(models))
+                for column, name in enumerate(models.probability_columns)
             },
         }
     )
@@ -192,8 +191,12 @@ def spans_of(table: pd.DataFrame, min_span_s: float, frame_s: float) -> list[tup
     while short := [
         place for place, run in enumerate(runs) if run[2] >= 0 and seconds(run) < least_s and touching(place)
     ]:
-        place = min(short, key=lambda place: seconds(runs[place]))
-        runs[place][2] = runs[max(touching(place), key=lambda near: seconds(runs[near]))][2]
+        settled: set[int] = set()
+        for place in sorted(short, key=lambda place: seconds(runs[place])):
+            near = max(touching(place), key=lambda near: seconds(runs[near]))
+            if not settled & {place, near}:  # else it waits for the next round, with what it touches then
+                runs[place][2] = runs[near][2]
+                settled |= {place, near}
         runs = [
             [together[0][0], together[-1][1], code]
             for code, together in ((code, list(group)) for code, group in groupby(runs, key=lambda run: run[2]))
@@ -210,9 +213,9 @@ def summary_lines(table: pd.DataFrame, min_span_s: float) -> list[str]:
     frame_s = frame_seconds(times)
     lines = []
     for person, of_person in table.groupby("person"):
-        spans = spans_of(of_person, min_span_s, frame_s)
-        said = [
-            f"{clock_time(start)}-{clock_time(end)} {name}" if len(times) > 1 else name for start, end, name in spans
-        ]
+        said = []
+        for start, end, name in spans_of(of_person, min_span_s, frame_s):
+            ends = dict.fromkeys([clock_time(start), clock_time(end)])  # one, where both round to it
+            said.append(f"{'-'.join(ends)} {name}" if len(times) > 1 else name)
         lines.append(f"person {person}: {', '.join(said)}")
     return lines

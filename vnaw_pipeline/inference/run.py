@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -21,7 +22,7 @@ import pandas as pd
 from vnaw_pipeline.config import PipelineConfig, load_config
 from vnaw_pipeline.crops.video import Frame, open_camera, open_video
 from vnaw_pipeline.errors import DataError
-from vnaw_pipeline.inference.analyse import Clock, Models, Spool, analyse, expression_columns, open_models
+from vnaw_pipeline.inference.analyse import Clock, Models, Spool, analyse, open_models
 from vnaw_pipeline.inference.annotate import drawer, write_through
 from vnaw_pipeline.inference.answers import frame_seconds, frame_table, summary_lines
 from vnaw_pipeline.inference.inputs import find_inputs, is_image, read_image, timed, until_interrupted
@@ -31,6 +32,7 @@ from vnaw_pipeline.runs import Run, open_run
 from vnaw_pipeline.stages import Failure, StageReport, progress_bar
 from vnaw_pipeline.tasks import IGNORE_LABEL
 
+_Read = Callable[[str, Path, Models, Clock, Callable[[int], None]], "_Outcome"]
 _TIMELINE_COLUMNS = 2000
 _JSON_ROWS = 10_000
 
@@ -85,39 +87,40 @@ def infer_videos(
     started = time.monotonic()
     report = StageReport("infer", units="inputs")
     report.write_status(out_dir / "status.csv")  # fails now, not after an hour, where nothing can be written
+    read: _Read = _analyse_file
     paths = find_inputs(inputs)
+    if camera is not None:
+        read = partial(_analyse_camera, camera)
+        name = f"camera{camera}_{datetime.now():%Y%m%d-%H%M%S}"
+        paths[name] = out_dir / name / "recording.mkv"
+    twice = 2 * sum(map(_expected_frames, paths.values()))  # each frame is analysed, then drawn on
     clock, video_s = Clock(), 0.0
-    with open_models(config, encoder, run) as models:
-        report.notes += models.notes
-        # Each frame counts twice: analysed, then drawn on.
-        with progress_bar("infer", 2 * sum(map(_expected_frames, paths.values()))) as bar:
-            if camera is not None:
-                name = f"camera{camera}_{datetime.now():%Y%m%d-%H%M%S}"
-                paths = {name: out_dir / name / "recording.mkv"}
+    try:
+        with open_models(config, encoder, run) as models, progress_bar("infer", twice) as bar:
             for name, path in paths.items():
                 try:
-                    if camera is not None:
-                        outcome = _analyse_camera(name, camera, path, models, clock, bar.advance)
-                    else:
-                        outcome = _analyse_file(name, path, models, clock, bar.advance)
-                    _write_outcome(outcome, out_dir / name, path, models, clock, bar.advance)
+                    outcome = read(name, path, models, clock, bar.advance)
+                    lines = _write_outcome(outcome, out_dir / name, path, models, clock, bar.advance)
                 except DataError as error:
-                    report.failures.append(Failure(name, None, str(error)))
-                    report.notes.append(f"{name}: {error}")
+                    _fail(report, name, str(error))
                     continue
                 report.done += 1
                 report.frames += outcome.num_frames
                 video_s += outcome.span_s[1] - outcome.span_s[0]
-                lines = summary_lines(outcome.table, config.infer.min_span_s)
                 report.notes += [f"{name}: {line}" for line in lines]
                 if outcome.loss is not None:
-                    report.failures.append(Failure(name, None, outcome.loss))
-                    report.notes.append(f"{name}: {outcome.loss}")
-    report.write_status(out_dir / "status.csv")
+                    _fail(report, name, outcome.loss)
+    finally:  # also when the disk is full or the run is stopped: what failed so far stays known
+        report.write_status(out_dir / "status.csv")
     report.seconds = time.monotonic() - started
     if report.done:
         report.notes.append(_speed(clock, video_s, report.seconds))
     return report
+
+
+def _fail(report: StageReport, name: str, reason: str) -> None:
+    report.failures.append(Failure(name, None, reason))
+    report.notes.append(f"{name}: {reason}")
 
 
 def _analyse_file(name: str, path: Path, models: Models, clock: Clock, advance: Callable[[int], None]) -> _Outcome:
@@ -129,10 +132,10 @@ def _analyse_file(name: str, path: Path, models: Models, clock: Clock, advance: 
 
 
 def _analyse_camera(
-    name: str, number: int, recording: Path, models: Models, clock: Clock, advance: Callable[[int], None]
+    number: int, name: str, recording: Path, models: Models, clock: Clock, advance: Callable[[int], None]
 ) -> _Outcome:
-    recording.parent.mkdir(parents=True, exist_ok=True)
     with open_camera(number) as video, until_interrupted(timed(video, from_zero=True)) as frames:
+        recording.parent.mkdir(parents=True, exist_ok=True)
         outcome = _analyse(name, write_through(recording, frames), models, clock, advance)
         loss = video.loss()
         return replace(outcome, loss=loss and f"camera {number} is gone; what it sent is kept ({loss})")
@@ -150,26 +153,28 @@ def _analyse(
 
 def _write_outcome(
     outcome: _Outcome, folder: Path, source: Path, models: Models, clock: Clock, advance: Callable[[int], None]
-) -> None:
+) -> list[str]:
+    """Write everything of one input; the lines of its summary."""
     table = outcome.table
+    lines = summary_lines(table, models.config.infer.min_span_s)
     folder.mkdir(parents=True, exist_ok=True)
-    for earlier in folder.glob("timeline*.png"):
-        earlier.unlink()
-    write_text(folder / "summary.txt", "\n".join(summary_lines(table, models.config.infer.min_span_s)) + "\n")
+    write_text(folder / "summary.txt", "\n".join(lines) + "\n")
     write_table(table, folder)
     with clock("draw"):
         draw = drawer(table)
         if is_image(source):
-            picture = draw(Frame(0, 0.0, read_image(source)))
-            png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1]
-            write_bytes(folder / "annotated.png", png.tobytes())
+            picture = cv2.cvtColor(draw(Frame(0, 0.0, read_image(source))), cv2.COLOR_RGB2BGR)
+            write_bytes(folder / "annotated.png", cv2.imencode(".png", picture)[1].tobytes())
             advance(1)
-            return
+            return lines
+        for earlier in folder.glob("timeline*.png"):  # of other people, or of nobody
+            earlier.unlink()
         _draw_timelines(outcome, folder, models)
-        with atomic_path(folder / "annotated.mp4") as partial, open_video(source) as video:
+        with atomic_path(folder / "annotated.mp4") as partial_path, open_video(source) as video:
             frames = (frame._replace(rgb=draw(frame)) for frame in timed(video))
-            for _ in write_through(partial, frames, source):
+            for _ in write_through(partial_path, frames, source):
                 advance(1)
+    return lines
 
 
 def write_table(table: pd.DataFrame, folder: Path) -> None:
@@ -190,7 +195,7 @@ def _draw_timelines(outcome: _Outcome, folder: Path, models: Models) -> None:
     for person in table.person.unique():
         nobody = pd.isna(person)
         rows = table if nobody else table[table.person == person]
-        bands, probabilities = _timeline_columns(rows, outcome.span_s, expression_columns(models))
+        bands, probabilities = _timeline_columns(rows, outcome.span_s, models.probability_columns)
         who = "no face found" if nobody else f"person {person}"
         path = folder / ("timeline.png" if nobody else f"timeline_person{person}.png")
         title = f"{table.video.iloc[0]}, {who}"
