@@ -176,7 +176,7 @@ def spans(text: str, min_span_s: float) -> list[tuple[float, float, str]]:
 def test_short_spans_go_to_their_longer_neighbour() -> None:
     assert spans("NNNNNHHHHH", 0.3) == [(0, 0.5, "N"), (0.5, 1, "H")]
     assert spans("NNNNNHHNNN", 0.3) == [(0, 1, "N")]
-    assert spans("NNNNHSHSHHH", 0.3) == [(0, 0.8, "N"), (0.8, 1.1, "H")]
+    assert spans("NNNNHSHSHHH", 0.3) == [(0, 0.7, "N"), (0.7, 1.1, "H")]
     assert spans("NNNN..HHHH", 0.3) == [(0, 0.4, "N"), (0.6, 1, "H")]
     assert spans("NNNN..H..NNNN", 0.3) == [(0, 0.4, "N"), (0.6, 0.7, "H"), (0.9, 1.3, "N")]
     assert spans("H", 0.3) == [(0, 0.1, "H")]
