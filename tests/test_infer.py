@@ -13,8 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from vnaw_pipeline import infer_video, predict_videos, read_predictions
+from vnaw_pipeline.cli import app
 from vnaw_pipeline.config import PipelineConfig, WindowConfig, load_config
 from vnaw_pipeline.crops.extract import extract_crops
 from vnaw_pipeline.crops.video import Frame, VideoReader, open_video
@@ -500,11 +502,16 @@ def test_an_encoder_without_a_head_needs_a_run(tiny_config: PipelineConfig) -> N
         infer_video(carphone_path(), config=tiny_config)
 
 
-def test_other_crops_than_in_training_are_said(
+def test_a_run_from_the_command_line(
     clip: Path, run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert infer_videos([clip], tmp_path, load_config(run_dir / "config.yaml"), run=open_run(run_dir)).ok
+    """The run's own config is used, and that its crops were others is said."""
+    done = CliRunner().invoke(app, ["infer", str(clip), "--run", str(run_dir), "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
     assert "The run was trained on crops" in caplog.text
+    written = pd.read_csv(tmp_path / "man" / "frames.csv")
+    wanted = infer_video(clip, run_dir=run_dir)
+    np.testing.assert_allclose(written[PROBABILITIES], wanted[PROBABILITIES], atol=1e-6)
 
 
 # --- the camera ---

@@ -20,7 +20,6 @@ from vnaw_pipeline.runs import Run
 
 _BLOCK_FRAMES = 4096
 _PLACE = ("x", "y", "width", "height", "score")
-Bools = npt.NDArray[np.bool_]
 
 
 def frame_table(video: str, sightings: Sightings, spool: Spool, models: Models) -> pd.DataFrame:
@@ -75,7 +74,11 @@ def frame_seconds(time_s: npt.NDArray[np.float64]) -> float:
 
 
 def finish(
-    raw: Probabilities, valid: Bools, time_s: npt.NDArray[np.float64], fill_gaps_s: float, half_width: int
+    raw: Probabilities,
+    valid: npt.NDArray[np.bool_],
+    time_s: npt.NDArray[np.float64],
+    fill_gaps_s: float,
+    half_width: int,
 ) -> Probabilities:
     """Interpolate over gaps of at most `fill_gaps_s` and smooth; (n, K) -> (n, K), NaN in longer gaps.
 

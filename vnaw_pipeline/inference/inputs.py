@@ -84,9 +84,6 @@ def timed(video: VideoReader, from_zero: bool = False) -> Iterator[Frame]:
 @contextmanager
 def until_interrupted(frames: Iterator[Frame]) -> Iterator[Iterator[Frame]]:
     """The frames up to the first Ctrl-C, which only ends them; a second one stops the program as usual."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may be told of signals
-        yield frames
-        return
     stopped = threading.Event()
     before = signal.getsignal(signal.SIGINT)
 
