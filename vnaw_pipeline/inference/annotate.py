@@ -21,6 +21,8 @@ _TICKS = 60_000
 """Steps of a second for frame times: whole numbers for the usual frame rates, and what MPEG-4 can still count."""
 _MP4_SOUND = {"aac", "mp3", "ac3", "eac3", "opus", "alac"}
 """Sound that players expect in an MP4; other sound is encoded again, as AAC."""
+_HOLE_S = 0.1
+"""Sound that is missing for longer leaves a silence; less is rounding."""
 _Sound = Iterator[tuple[float, list[Any]]]
 """Packets (of av, which cannot be named with its type) and when they begin, in seconds."""
 
@@ -124,7 +126,7 @@ def _open_sound(path: Path, out: OutputContainer, stack: ExitStack) -> _Sound:
     source = stack.enter_context(av.open(f"file:{path}"))
     if not source.streams.audio or not source.streams.audio[0].codec_context:
         return iter(())
-    if source.streams.audio[0].codec_context.name in _MP4_SOUND:
+    if source.streams.audio[0].codec_context.codec.canonical_name in _MP4_SOUND:
         return _copied(source, out)
     return _encoded(source, out)
 
@@ -148,13 +150,17 @@ def _encoded(source: InputContainer, out: OutputContainer) -> _Sound:
     given = source.streams.audio[0]
     layout = "mono" if given.layout.nb_channels == 1 else "stereo"  # PCM often does not say which channels it holds
     stream = out.add_stream("aac", rate=given.rate, layout=layout)
-    resampler = av.AudioResampler("fltp", layout, given.rate)
 
     def packets() -> _Sound:
+        samples = 0  # counted, as containers such as AVI round the times of sound
         with suppress(av.error.FFmpegError):
             for frame in source.decode(given):
-                for part in resampler.resample(frame):
-                    yield float(part.time or 0), stream.encode(part)
+                begins = round((frame.time or 0) * given.rate)
+                if begins > samples + given.rate * _HOLE_S:
+                    samples = begins
+                frame.pts, frame.time_base = samples, Fraction(1, given.rate)
+                yield samples / given.rate, stream.encode(frame)
+                samples += frame.samples
         yield float("inf"), stream.encode()
 
     return packets()
