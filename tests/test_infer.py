@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -26,7 +27,7 @@ from vnaw_pipeline.features.extract import extract_features
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.inference import answers
 from vnaw_pipeline.inference import run as run_module
-from vnaw_pipeline.inference.analyse import DEFAULT_ENCODER
+from vnaw_pipeline.inference.analyse import DEFAULT_ENCODER, in_order
 from vnaw_pipeline.inference.answers import finish, spans_of
 from vnaw_pipeline.inference.run import infer_videos
 from vnaw_pipeline.manifests import build_manifest
@@ -275,6 +276,23 @@ def test_sound_that_an_mp4_cannot_take_is_encoded_again(tmp_path: Path) -> None:
         heard = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
     strongest = np.abs(np.fft.rfft(heard)).argmax() * 8000 / len(heard)
     assert strongest == pytest.approx(440, abs=5)
+
+
+def test_frames_are_read_only_as_far_ahead_as_they_are_worked_on() -> None:
+    """So that a long video takes no more memory than a short one."""
+    read, kept = 0, 0
+
+    def numbers() -> Iterator[int]:
+        nonlocal read
+        for number in range(100):
+            read += 1
+            yield number
+
+    with ThreadPoolExecutor(2) as pool:
+        for kept, number in enumerate(in_order(pool, lambda number: number, numbers(), ahead=4)):
+            assert number == kept
+            assert read - kept <= 5
+    assert kept == 99
 
 
 # --- several people ---

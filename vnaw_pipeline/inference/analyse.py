@@ -190,9 +190,9 @@ def analyse(
     parts: list[npt.NDArray[np.void]] = []
     before: Rgb | None = None
     with ThreadPoolExecutor(workers, thread_name_prefix="infer") as pool:
-        looks = _in_order(pool, lambda frame: _look(frame, models, clock), clock.each("decode", frames), 2 * workers)
+        looks = in_order(pool, lambda frame: _look(frame, models, clock), clock.each("decode", frames), 2 * workers)
         batches = _batches(looks, batch_frames)
-        for batch, embeddings in _in_order(pool, lambda batch: (batch, _encode(batch, models, clock)), batches, 1):
+        for batch, embeddings in in_order(pool, lambda batch: (batch, _encode(batch, models, clock)), batches, 1):
             spool.append(embeddings)
             rows: list[tuple[Any, ...]] = []
             for look in batch:
@@ -253,7 +253,7 @@ def _batches(looks: Iterable[_Look], size: int) -> Iterator[list[_Look]]:
         yield batch
 
 
-def _in_order(
+def in_order(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
     """`map` in the pool with at most `ahead` items under way, so that memory is bounded."""
