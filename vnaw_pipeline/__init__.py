@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vnaw_pipeline.features.bank import open_bank as open_bank
     from vnaw_pipeline.features.extract import extract_features as extract_features
     from vnaw_pipeline.features.store import open_store as open_store
+    from vnaw_pipeline.inference.run import infer_video as infer_video
+    from vnaw_pipeline.inference.run import infer_videos as infer_videos
     from vnaw_pipeline.manifests import build_manifest as build_manifest
     from vnaw_pipeline.manifests import read_manifest as read_manifest
     from vnaw_pipeline.prediction.evaluate import evaluate_predictions as evaluate_predictions
@@ -33,6 +35,8 @@ _HOMES = {
     "extract_crops": "crops.extract",
     "extract_features": "features.extract",
     "finetune_encoder": "training.frames",
+    "infer_video": "inference.run",
+    "infer_videos": "inference.run",
     "load_config": "config",
     "open_bank": "features.bank",
     "open_run": "runs",

@@ -278,6 +278,35 @@ def submit(
     typer.echo(f"submit: {lines} lines written and read back -> {out}")
 
 
+@app.command()
+def infer(
+    inputs: Annotated[list[Path] | None, typer.Argument(help="Videos, images, or folders of them.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results, one folder in it per input.")] = Path("infer_out"),
+    encoder: Annotated[
+        str | None, typer.Option(help="Encoder weights that ship, by name, or a file of `vnaw pretrain` or `finetune`.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run-dir", help="Run of `vnaw train` that reads the embeddings.")
+    ] = None,
+    camera: Annotated[int | None, typer.Option(help="Read from this camera until Ctrl-C.", min=0)] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Read the expressions of everyone in videos, images or from a camera: tables, time lines, annotated copies."""
+    if bool(inputs) == (camera is not None):
+        raise ConfigError("Give videos, images or folders to read, or --camera 0 (and not both).")
+    from vnaw_pipeline.config import load_config
+    from vnaw_pipeline.inference.run import infer_videos
+    from vnaw_pipeline.runs import open_run
+
+    _only_alone("infer")
+    opened = open_run(run) if run is not None else None
+    if config is None and opened is not None:
+        config = opened.folder.config
+    resolved = load_config(config, overrides)
+    _finish(infer_videos(inputs or [], out, resolved, encoder=encoder, run=opened, camera=camera))
+
+
 def _evaluate_encoder(encoder: str, faces: Path, split: Split, json_file: Path | None) -> None:
     from vnaw_pipeline.prediction.evaluate import format_scores
     from vnaw_pipeline.prediction.faces import evaluate_faces

@@ -303,6 +303,23 @@ class PredictConfig(_Section):
     """Probabilities become their mean over this many frames to either side; 0: as they are."""
 
 
+class InferConfig(_Section):
+    """`vnaw infer`: who is who in a video, and what becomes of jitter and gaps."""
+
+    min_person_frames: int = Field(default=3, gt=0)
+    """Least faces of a person; what is seen less often is taken for a false detection. A shorter video needs fewer."""
+    return_s: float = Field(default=5.0, ge=0)
+    """How long a person may be out of sight and still be the same one, by their colours."""
+    fill_gaps_s: float = Field(default=1.0, ge=0)
+    """Longest gap without a face over which probabilities are interpolated; in a longer one there are none."""
+    smooth_s: float = Field(default=0.25, ge=0)
+    """Without a run, probabilities become their mean over this many seconds to either side: half a second is what
+    the shortest full expressions last, so single frames are calmed and expressions stay. With a run, whose model sees
+    time itself, `predict.smooth_half_width` holds."""
+    min_span_s: float = Field(default=0.5, ge=0)
+    """A shorter span of one expression goes to its longer neighbour in the summary, not in the table."""
+
+
 class PipelineConfig(_Section):
     """Everything one run of the pipeline is told."""
 
@@ -318,6 +335,7 @@ class PipelineConfig(_Section):
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     predict: PredictConfig = PredictConfig()
+    infer: InferConfig = InferConfig()
 
 
 def load_config(path: Path | None = None, overrides: list[str] | None = None) -> PipelineConfig:

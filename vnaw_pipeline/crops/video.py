@@ -28,6 +28,10 @@ _SILENT_LOSS_S = 1.0
 """Where a container stores no frame count: seconds missing at the end that count as a loss. Sound that runs on a
 little after the last frame is normal."""
 
+_CAMERA_FORMAT = "v4l2"
+_CAMERA_PATIENCE_S = 10.0
+"""A camera that sends nothing for so long is gone."""
+
 _MATROSKA_DURATION = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 
 
@@ -46,13 +50,9 @@ class VideoReader:
     that follows from its duration (None: neither is there).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, container: InputContainer) -> None:
         self.path = path
-        try:
-            # The scheme keeps FFmpeg from reading a colon in a file name as a protocol.
-            self._container = av.open(f"file:{path}")
-        except av.error.FFmpegError as error:
-            raise DataError(_why_not_opened(path, error)) from error
+        self._container = container
         try:
             self._stream = video_stream(self._container, path)
         except DataError:
@@ -153,7 +153,28 @@ def open_video(path: Path) -> VideoReader:
     Raises:
         DataError: no such file, not a video, or no video stream in it.
     """
-    return VideoReader(path)
+    try:
+        # The scheme keeps FFmpeg from reading a colon in a file name as a protocol.
+        container = av.open(f"file:{path}")
+    except av.error.FFmpegError as error:
+        raise DataError(_why_not_opened(path, error)) from error
+    return VideoReader(path, container)
+
+
+def open_camera(number: int) -> VideoReader:
+    """Open a camera of this machine (Linux: /dev/video<number>); its frames go on until it is closed or gone.
+
+    Raises:
+        DataError: there is no such camera, or another program has it.
+    """
+    device = Path(f"/dev/video{number}")
+    try:
+        container = av.open(str(device), format=_CAMERA_FORMAT, timeout=_CAMERA_PATIENCE_S)
+    except (av.error.FFmpegError, ValueError) as error:
+        found = ", ".join(sorted(path.name for path in device.parent.glob("video[0-9]*"))) or "none"
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise DataError(f"Camera {number} ({device}) cannot be opened: {reason}. Cameras here: {found}.") from error
+    return VideoReader(device, container)
 
 
 def upright(rgb: Rgb, display_matrix: npt.NDArray[np.int32] | None) -> Rgb:

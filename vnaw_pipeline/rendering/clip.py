@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 
 from vnaw_pipeline.annotations import image_name
+from vnaw_pipeline.crops.source import decode_crop
 from vnaw_pipeline.crops.video import Rgb
 from vnaw_pipeline.provenance import atomic_path
 
@@ -30,8 +31,7 @@ def scene(crop: Path) -> Rgb:
     """One frame of the clip, (360, 640, 3)."""
     rgb = np.full((HEIGHT, WIDTH, 3), _WALL, np.uint8)
     if crop.is_file():
-        face = cv2.cvtColor(cv2.imread(str(crop)), cv2.COLOR_BGR2RGB)
-        face = cv2.resize(face, (FACE_PX, FACE_PX), interpolation=cv2.INTER_CUBIC)
+        face = cv2.resize(decode_crop(crop.read_bytes()), (FACE_PX, FACE_PX), interpolation=cv2.INTER_CUBIC)
         top, left = (HEIGHT - FACE_PX) // 2, (WIDTH - FACE_PX) // 2
         rgb[top : top + FACE_PX, left : left + FACE_PX] = face
     return rgb

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vnaw_pipeline.provenance import atomic_path
 from vnaw_pipeline.tasks import IGNORE_LABEL
@@ -47,17 +48,21 @@ def draw_timeline(
     probabilities: npt.NDArray[np.float32],
     names: Sequence[str],
     title: str,
+    seconds: tuple[float, float] | None = None,
 ) -> None:
     """Write one video's time line as a PNG: a band of class colours for each series of labels, probabilities below.
 
-    `bands` maps a name to class indices (T,), IGNORE_LABEL left white; `probabilities` is (T, K).
+    `bands` maps a name to class indices (T,), IGNORE_LABEL left white; `probabilities` is (T, K), zero where there are
+    none. The T columns are frames, or lie evenly over a span of `seconds`, which the axis then shows as mm:ss.
     """
     num_frames = len(probabilities)
+    left, right = seconds or (-0.5, num_frames - 0.5)
+    half_column = (right - left) / num_frames / 2
     figure = Figure(figsize=(9, 1.6 + 0.35 * len(bands) + 2.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[0.4 * len(bands), 2])
     colours = CLASS_COLOURS[: len(names)]
     coded = np.stack([np.where(band == IGNORE_LABEL, len(names), band) for band in bands.values()])
-    extent = (-0.5, num_frames - 0.5, len(bands) - 0.5, -0.5)
+    extent = (left, right, len(bands) - 0.5, -0.5)
     upper.imshow(
         coded,
         aspect="auto",
@@ -71,13 +76,24 @@ def draw_timeline(
     for edge in range(1, len(bands)):
         upper.axhline(edge - 0.5, color="white", linewidth=3)
     upper.set_title(title)
-    lower.stackplot(np.arange(num_frames), probabilities.T, colors=colours, labels=list(names))
-    lower.set_xlim(-0.5, num_frames - 0.5)
+    centres = np.linspace(left + half_column, right - half_column, num_frames)
+    lower.stackplot(centres, probabilities.T, colors=colours, labels=list(names))
+    lower.set_xlim(left, right)
     lower.set_ylim(0, 1)
-    lower.set_xlabel("frame_index")
+    lower.set_xlabel("frame_index" if seconds is None else "time")
+    if seconds is not None:
+        lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+        lower.xaxis.set_major_formatter(lambda second, _: clock_time(second))
     lower.set_ylabel("probability")
     figure.legend(*lower.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
+
+
+def clock_time(seconds: float) -> str:
+    """m:ss, with hours where there are some: 75.2 -> '1:15'."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -1,0 +1,141 @@
+"""Who is who: synthetic boxes and colours with known truth, then the signature and the cuts on real pictures."""
+
+import importlib.util
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from vnaw_pipeline.config import CropConfig
+from vnaw_pipeline.crops.detect import load_detector
+from vnaw_pipeline.inference.inputs import read_image
+from vnaw_pipeline.inference.people import (
+    SAME_COLOURS,
+    PeopleTracker,
+    colours_of,
+    difference,
+    is_cut,
+    thumbnail,
+)
+
+from .clips import carphone_frames, scenery
+
+FPS = 25
+RED, BLUE = np.full((2, 48), 60, np.float32), np.full((2, 48), 120, np.float32)
+Floats = npt.NDArray[np.float32]
+Face = tuple[float, Floats]
+"""x of the box's left side, colours."""
+
+
+def follow(frames: list[list[Face]], cuts: tuple[int, ...] = (), jitter: float = 1.0) -> list[list[int]]:
+    """The tracker's numbers for boxes of 60 x 80 pixels that jitter by a pixel, colours by a few units."""
+    generator = np.random.default_rng(0)
+    tracker = PeopleTracker(return_s=5.0)
+    numbers = []
+    for frame_index, faces in enumerate(frames):
+        boxes = [(np.array([x, 50, x + 60, 130]) + generator.normal(0, jitter, 4)).astype(np.float32) for x, _ in faces]
+        colours = [(seen + generator.normal(0, 3, seen.shape)).astype(np.float32) for _, seen in faces]
+        numbers.append(tracker.update(boxes, colours, frame_index / FPS, frame_index in cuts))
+    return numbers
+
+
+@pytest.mark.parametrize("other", [BLUE, RED], ids=["unlike", "alike"])
+def test_two_people_who_cross_keep_their_numbers(other: Floats) -> None:
+    """People who look alike are told apart by their motion: 8 pixels a frame, the faces overlap for 15 frames."""
+    frames = [[(100 + 8 * k, RED), (500 - 8 * k, other)] for k in range(50)]
+    assert follow(frames) == [[0, 1]] * 50
+
+
+def test_one_hidden_while_they_cross_keeps_the_number() -> None:
+    frames = [[(100 + 8 * k, RED), *([] if 20 <= k < 32 else [(500 - 8 * k, BLUE)])] for k in range(50)]
+    numbers = follow(frames)
+    assert all(seen[0] == 0 for seen in numbers)
+    assert {seen[1] for seen in numbers if len(seen) == 2} == {1}
+
+
+def test_the_order_of_faces_in_a_frame_does_not_matter() -> None:
+    frames = [[(100.0, RED), (300.0, BLUE)], [(300.0, BLUE), (100.0, RED)]] * 3
+    assert follow(frames) == [[0, 1], [1, 0]] * 3
+
+
+@pytest.mark.parametrize("cuts", [(5,), ()], ids=["cut seen", "cut not seen"])
+def test_another_person_in_the_same_place_after_a_cut_is_another(cuts: tuple[int, ...]) -> None:
+    numbers = follow([[(100.0, RED)]] * 5 + [[(100.0, BLUE)]] * 5, cuts)
+    assert numbers == [[0]] * 5 + [[1]] * 5
+
+
+def test_shot_and_reverse_shot_return_to_the_same_people() -> None:
+    shots = [[(100.0, RED)]] * 5 + [[(400.0, BLUE)]] * 5 + [[(130.0, RED)]] * 5 + [[(380.0, BLUE)]] * 5
+    assert follow(shots, (5, 10, 15)) == [[0]] * 5 + [[1]] * 5 + [[0]] * 5 + [[1]] * 5
+
+
+def test_people_who_swap_places_at_a_cut_keep_their_numbers() -> None:
+    numbers = follow([[(100.0, RED), (400.0, BLUE)]] * 5 + [[(100.0, BLUE), (400.0, RED)]] * 5, (5,))
+    assert numbers == [[0, 1]] * 5 + [[1, 0]] * 5
+
+
+def test_people_who_swap_places_at_an_unseen_cut_are_never_merged() -> None:
+    numbers = follow([[(100.0, RED), (600.0, BLUE)]] * 5 + [[(100.0, BLUE), (600.0, RED)]] * 5)
+    red = {seen[0] for seen in numbers[:5]} | {seen[1] for seen in numbers[5:]}
+    blue = {seen[1] for seen in numbers[:5]} | {seen[0] for seen in numbers[5:]}
+    assert not red & blue
+
+
+@pytest.mark.parametrize(("away", "same"), [(100, True), (140, False)], ids=["4 s", "5.6 s"])
+def test_who_comes_back_within_five_seconds_is_the_same(away: int, same: bool) -> None:
+    frames: list[list[Face]] = [[(100.0, RED)]] * 5 + [[]] * away + [[(400.0, RED)]] * 5
+    numbers = follow(frames)
+    assert (numbers[-1] == numbers[0]) is same
+
+
+def test_who_comes_in_while_another_is_out_is_another() -> None:
+    frames: list[list[Face]] = [[(100.0, RED)]] * 5 + [[]] * 20 + [[(100.0, BLUE)]] * 5
+    assert follow(frames)[-1] == [1]
+
+
+def test_a_face_far_away_in_the_next_frame_is_another_however_alike() -> None:
+    assert follow([[(100.0, RED)], [(500.0, RED)]]) == [[0], [1]]
+
+
+def test_slow_change_of_light_keeps_the_number() -> None:
+    frames = [[(100.0, RED + np.float32(0.4 * k))] for k in range(100)]
+    assert follow(frames) == [[0]] * 100
+
+
+def picture(name: str) -> Path:
+    found = importlib.util.find_spec("insightface")
+    assert found is not None
+    assert found.submodule_search_locations is not None
+    return Path(found.submodule_search_locations[0]) / "data" / "images" / name
+
+
+def test_colours_tell_real_people_apart() -> None:
+    """Six people in one photograph, and one over two seconds of video."""
+    detect = load_detector(CropConfig())
+    photograph = read_image(picture("t1.jpg"))
+    group = [colours_of(photograph, face.landmarks) for face in detect(photograph)]
+    assert len(group) == 6
+    man = [colours_of(rgb, detect(rgb)[0].landmarks) for rgb in carphone_frames(60)[::10]]
+    assert max(difference(man[0], later) for later in man) < SAME_COLOURS
+    people = [*group, man[0]]
+    assert min(difference(a, b) for i, a in enumerate(people) for b in people[:i]) > SAME_COLOURS
+
+
+def test_colours_do_not_depend_on_the_size_of_the_picture() -> None:
+    rgb = carphone_frames(1)[0]
+    detect = load_detector(CropConfig())
+    landmarks = detect(rgb)[0].landmarks
+    larger = cv2.resize(rgb, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
+    moved = (landmarks + 0.5) * 3 - 0.5
+    assert difference(colours_of(rgb, landmarks), colours_of(larger, moved)) < 1.5
+
+
+def test_a_cut_is_a_change_of_the_whole_picture() -> None:
+    man, road = map(thumbnail, (carphone_frames(1)[0], scenery(1, 144, 176)[0]))
+    assert is_cut(man, road)
+    assert not is_cut(None, road)
+    later = [thumbnail(rgb) for rgb in carphone_frames(30)]
+    assert not any(is_cut(before, after) for before, after in pairwise(later))

@@ -1,0 +1,1 @@
+"""Expressions of everyone in a video, an image or a camera, without a manifest."""

@@ -1,0 +1,98 @@
+"""What is given: videos, images, folders of them, a camera; each becomes a series of frames."""
+
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from vnaw_pipeline.crops.video import Frame, Rgb, VideoReader
+from vnaw_pipeline.errors import DataError, listing
+from vnaw_pipeline.layouts import VIDEO_SUFFIXES
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is a still picture, by its name."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def find_inputs(given: Sequence[Path]) -> dict[str, Path]:
+    """The files to read, in order, by the name that their results get: the stem, or the whole name where two files
+    of the same stem were given (a phone's IMG_1.JPG and IMG_1.MOV). A folder stands for the media directly in it.
+
+    Raises:
+        DataError: a folder without media; two files of the same name.
+    """
+    paths: list[Path] = []
+    for path in given:
+        if not path.is_dir():
+            paths.append(path)
+            continue
+        found = sorted(
+            file for file in path.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES and file.is_file()
+        )
+        if not found:
+            endings = " ".join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+            raise DataError(f"There is no video and no image in {path} (looked for {endings}; not in its folders).")
+        paths += found
+    stems = Counter(path.stem for path in paths)
+    names = [path.stem if stems[path.stem] == 1 else path.name for path in paths]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(
+            "Two inputs of one name would share a folder of results; rename one, or give them in runs of their own:\n"
+            + listing([str(path) for name, path in zip(names, paths, strict=True) if name in twice])
+        )
+    return dict(zip(names, paths, strict=True))
+
+
+def read_image(path: Path) -> Rgb:
+    """Read a picture, upright as its EXIF orientation says; (H, W, 3).
+
+    Raises:
+        DataError: no such file, or not a picture.
+    """
+    if not path.is_file():
+        raise DataError(f"No such image: {path}.")
+    content = np.frombuffer(path.read_bytes(), np.uint8)
+    bgr = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
+    if bgr is None:
+        raise DataError(f"{path} cannot be read as an image. It is empty, damaged, or of another kind.")
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+
+
+def timed(video: VideoReader, from_zero: bool = False) -> Iterator[Frame]:
+    """A video's frames, each with a time: where the file has none, from the frame rate (25 if that is missing too).
+
+    `from_zero`: count from the first frame, as a camera's clock starts anywhere.
+    """
+    fps = video.fps if np.isfinite(video.fps) else 25.0
+    start = 0.0
+    for frame in video:
+        time_s = frame.time_s if np.isfinite(frame.time_s) else frame.frame_index / fps
+        if from_zero and frame.frame_index == 0:
+            start = time_s
+        yield frame._replace(time_s=time_s - start)
+
+
+@contextmanager
+def until_interrupted(frames: Iterator[Frame]) -> Iterator[Iterator[Frame]]:
+    """The frames up to the first Ctrl-C, which only ends them; a second one stops the program as usual."""
+    stopped = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(*_: object) -> None:
+        stopped.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield takewhile(lambda _: not stopped.is_set(), frames)
+    finally:
+        signal.signal(signal.SIGINT, before)
