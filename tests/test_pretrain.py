@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,27 @@ def test_wrong_input_is_said(faces_file: Path, face_config: PipelineConfig, tmp_
         pretrain_encoder(faces, blank, tmp_path / "b", face_config)
     with pytest.raises(DataError, match="None of the 48 faces has a majority"):
         evaluate_faces("drawn_swin", blank)
+
+
+def test_an_image_that_cannot_be_read_is_left_out_of_training_and_ends_a_scoring(
+    faces_file: Path, face_config: PipelineConfig, tmp_path: Path
+) -> None:
+    faces = read_faces(faces_file, "train")
+
+    def image(index: int) -> np.ndarray:
+        if index == 7:
+            raise DataError("face07.jpg: the JPEG is damaged or cut off")
+        return faces.image(index)
+
+    damaged = replace(faces, image=image)
+    report = pretrain_encoder(damaged, faces, tmp_path / "a", changed(face_config, sampling="uniform"))
+    assert [failure.video_id for failure in report.failures] == ["face07"]
+    assert "damaged" in (tmp_path / "a" / "status.csv").read_text()
+    assert len(history(tmp_path / "a")) == 3
+    with pytest.raises(DataError, match=r"Validation faces that cannot be read:(?s:.*)face07\.jpg"):
+        pretrain_encoder(faces, damaged, tmp_path / "b", face_config)
+    with pytest.raises(DataError, match=r"face07\.jpg"):
+        evaluate_faces("drawn_swin", damaged)
 
 
 def test_erased_rectangles_have_their_size_and_lie_inside() -> None:

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from vnaw_pipeline.config import PipelineConfig, PretrainConfig
-from vnaw_pipeline.errors import ConfigError, DataError
+from vnaw_pipeline.errors import ConfigError, DataError, listing
 from vnaw_pipeline.facesets.faces import FaceSet, Split, join_faces
 from vnaw_pipeline.facesets.read import read_faces
 from vnaw_pipeline.features.encoder import Encoder, Preprocessing, build_encoder, encoder_of_weights, load_encoder
 from vnaw_pipeline.losses.images import distillation_loss
 from vnaw_pipeline.metrics import expression_scores
-from vnaw_pipeline.processes import process_state, sum_over_processes
+from vnaw_pipeline.processes import gather_all, process_state, sum_over_processes
 from vnaw_pipeline.runs import RunFolder
-from vnaw_pipeline.stages import StageReport
+from vnaw_pipeline.stages import Failure, StageReport
 from vnaw_pipeline.tasks import EXPRESSIONS, TASKS
 from vnaw_pipeline.training.images import (
     ImageBatch,
@@ -39,7 +39,8 @@ _SECTIONS = {"seed", "encoder", "pretrain"}
 
 
 class LabelledFaces:
-    """The faces of a set that have a target; reads them, brought to the encoder's size."""
+    """The faces of a set that have a target; reads them, brought to the encoder's size, and remembers which cannot be
+    read."""
 
     def __init__(self, faces: FaceSet, targets: npt.NDArray[np.float32], preprocessing: Preprocessing) -> None:
         self._faces = faces
@@ -47,6 +48,7 @@ class LabelledFaces:
         self.targets = torch.from_numpy(targets[self._index])
         self._preprocessing = preprocessing
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="decode")
+        self.unreadable: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self._index)
@@ -54,13 +56,19 @@ class LabelledFaces:
     def read(self, chosen: Tensor) -> ImageBatch:
         """Read some of the faces, by their place (B,) among those that have a target."""
         side = self._preprocessing.input_px
-        images = np.empty((len(chosen), side, side, 3), dtype=np.uint8)
-        for position, image in enumerate(self._pool.map(self._read_one, chosen.tolist())):
-            images[position] = image
-        return ImageBatch(torch.from_numpy(images), self.targets[chosen], chosen)
+        images = np.zeros((len(chosen), side, side, 3), dtype=np.uint8)
+        read = self._pool.map(partial(self._read_one, images), range(len(chosen)), chosen.tolist())
+        readable = torch.tensor(list(read))
+        return ImageBatch(torch.from_numpy(images), self.targets[chosen] * readable[:, None], chosen)
 
-    def _read_one(self, place: int) -> npt.NDArray[np.uint8]:
-        return self._preprocessing.of_face(self._faces.image(int(self._index[place])))
+    def _read_one(self, images: npt.NDArray[np.uint8], position: int, place: int) -> bool:
+        index = int(self._index[place])
+        try:
+            images[position] = self._preprocessing.of_face(self._faces.image(index))
+        except (DataError, OSError) as error:
+            self.unreadable[self._faces.names[index]] = str(error)
+            return False
+        return True
 
 
 def pretrain_encoder(
@@ -75,10 +83,11 @@ def pretrain_encoder(
 ) -> StageReport:
     """Train the encoder and a linear head on static faces; every epoch scores all validation faces by their majority.
 
+    A training image that cannot be read is left out and is a failure of the report.
     `observe` is called with the model after each epoch; its figures join the epoch's in `metrics.jsonl`.
 
     Raises:
-        DataError: a set that cannot be read; no face with a label.
+        DataError: a set or a validation image that cannot be read; no face with a label.
         ConfigError, CheckpointError: as `build_encoder`; a teacher without a head; the folder holds another run.
     """
     started = time.monotonic()
@@ -131,6 +140,7 @@ def pretrain_encoder(
     before = folder.epochs_done()
     history = fit(recipe, optimisation, folder)
     best = max(history, key=lambda row: row[SCORE])
+    unreadable = dict(sorted(gather_all(list(learnt.unreadable.items()))))
     report = StageReport(
         "pretrain",
         units="epochs",
@@ -138,12 +148,14 @@ def pretrain_encoder(
         skipped=before,
         frames=(len(history) - before) * len(learnt),
         seconds=time.monotonic() - started,
+        failures=[Failure(name, None, reason) for name, reason in unreadable.items()],
         notes=[
             f"best macro-F1 {100 * best[SCORE]:.2f}, accuracy {100 * best['accuracy']:.2f} on {len(scored)} validation "
             f"faces, in epoch {best['epoch']}"
         ],
     )
     if state.is_main_process:
+        report.write_status(run_dir / "status.csv")
         folder.write_record(
             stage="pretrain",
             device=str(state.device),
@@ -232,6 +244,8 @@ def _evaluate(
     for chosen in torch.split(mine, settings.batch_faces):
         logits = model(preprocessing.normalise(scored.read(chosen).images.to(state.device)))
         predicted[chosen.to(state.device)] = logits.argmax(dim=1)
+    if scored.unreadable:
+        raise DataError("Validation faces that cannot be read:\n" + listing(list(scored.unreadable.values())))
     predicted = sum_over_processes(predicted)  # each face by one process, 0 in the others
     scores = expression_scores(scored.targets.argmax(dim=1).numpy(), predicted.cpu().numpy(), len(EXPRESSIONS))
     observed = observe(model) if observe is not None else {}
