@@ -1,6 +1,8 @@
 """Fine-tuning on labelled frames: what it hears, what it leaves alone, and what it hands to extraction."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 
 from vnaw_pipeline.annotations import read_annotation
 from vnaw_pipeline.checkpoints import load_tensors
-from vnaw_pipeline.config import PipelineConfig
+from vnaw_pipeline.config import PipelineConfig, dump_config
 from vnaw_pipeline.errors import CheckpointError, ConfigError
 from vnaw_pipeline.features.encoder import build_encoder, encoder_of_weights, load_encoder, parameter_groups
 from vnaw_pipeline.layouts import find_annotations
@@ -172,3 +174,18 @@ def test_frozen_norms_keep_their_running_statistics(tmp_path: Path) -> None:
     fit(recipe, optimisation(epochs=2, steps_per_epoch=1), RunFolder(tmp_path))
     assert (model[0].running_mean == 0).all()
     assert not torch.equal(model[1].weight, before)
+
+
+def test_two_processes_finetune_like_one(drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path) -> None:
+    """The mean over all frames of a step, whoever saw them; float32 sums in another order, hence the tolerance."""
+    config = changed(tiny_config, "finetune", vary_images=False)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, tmp_path / "one", config)
+    options = {"--manifest": drawn.manifest_path, "--annotations": drawn.annotations, "--crops": drawn.crops}
+    options |= {"--run-dir": tmp_path / "two", "--config": tmp_path / "config.yaml"}
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vnaw_pipeline", "finetune"]
+    line += [str(part) for pair in options.items() for part in pair]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("finetune: 2 epochs done") == 1
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)

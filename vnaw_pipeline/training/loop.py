@@ -142,7 +142,8 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
             accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.write_metrics(progress.history)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # end_training() would also part the processes, who have more to do
+        tracker.finish()
     return progress.history
 
 
