@@ -65,7 +65,7 @@ def test_the_whole_demo_runs_and_runs_again(
     for name, scores in results.items():
         row = next(line for line in table.splitlines() if line.startswith(name))
         assert row.split()[-1] == f"{100 * scores['truth']['macro_f1']:.1f}"
-    for name in ("confusion_given.png", "confusion_truth.png", "timeline.png"):
+    for name in ("confusion_given.png", "confusion_truth.png", "timeline.png", "infer.png"):
         assert (work / "figures" / name).stat().st_size > 5_000
     assert (work / "submission.txt").is_file()
     said.clear()
@@ -73,6 +73,8 @@ def test_the_whole_demo_runs_and_runs_again(
     assert any(line.startswith("extract: 0 chunks done") for line in said)
     assert json.loads((work / "results.json").read_text()) == results
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    exec(compile(block, "README.md", "exec"), {})
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block.replace("talk.mp4", str(work / "infer" / "drawn_person.mp4")), "README.md", "exec"), {})
     assert "video_id" in capsys.readouterr().out

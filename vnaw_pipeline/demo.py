@@ -23,6 +23,7 @@ from vnaw_pipeline.errors import DataError, listing
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.extract import extract_features
 from vnaw_pipeline.features.store import open_store
+from vnaw_pipeline.inference.inputs import read_image
 from vnaw_pipeline.inference.run import infer_videos
 from vnaw_pipeline.manifests import build_manifest, read_labels, write_manifest
 from vnaw_pipeline.metrics import ExpressionScores
@@ -109,7 +110,7 @@ def run_demo(work_dir: Path, config: PipelineConfig, say: Callable[[str], None])
         work_dir / "results.json",
         {name: {kind: scores_as_json(s, _TASK) for kind, s in of.items()} for name, of in scores.items()},
     )
-    report(_infer(work_dir / "infer", manifest, crops, run))
+    report(_infer(work_dir, manifest, crops, run))
     _draw(work_dir / "figures", manifest, annotations, truth, tables["temporal, V-NAW"], scores["temporal, V-NAW"])
     say(format_table(scores))
     say(f"figures in {work_dir / 'figures'}, scores in {work_dir / 'results.json'}")
@@ -117,14 +118,22 @@ def run_demo(work_dir: Path, config: PipelineConfig, say: Callable[[str], None])
     say(f"demo: done in {minutes:.0f} min {seconds:02.0f} s")
 
 
-def _infer(out_dir: Path, manifest: pd.DataFrame, crops: Path, run: RunFolder) -> StageReport:
+def _infer(work_dir: Path, manifest: pd.DataFrame, crops: Path, run: RunFolder) -> StageReport:
     """Show `vnaw infer` on a validation person as a video file, and on one frame of it as an image."""
+    out_dir = work_dir / "infer"
     person = manifest[manifest.split == "validation"].sort_values("num_frames").iloc[0]
     clip, image = out_dir / "drawn_person.mp4", out_dir / "drawn_face.png"
     write_clip(crops / person.crops, int(person.num_frames), clip)
     first = min((crops / person.crops).glob("*.jpg"))
     write_bytes(image, cv2.imencode(".png", scene(first)[..., ::-1])[1].tobytes())
-    return infer_videos([clip, image], out_dir, load_config(run.config), run=open_run(run.path))
+    report = infer_videos([clip, image], out_dir, load_config(run.config), run=open_run(run.path))
+    annotated = read_image(out_dir / image.stem / "annotated.png")
+    timeline = read_image(min((out_dir / clip.stem).glob("timeline*.png")))
+    margin = timeline.shape[1] - annotated.shape[1]
+    wide = np.pad(annotated, ((0, 0), (margin // 2, margin - margin // 2), (0, 0)), constant_values=255)
+    picture = np.concatenate([wide, timeline])[..., ::-1]
+    write_bytes(work_dir / "figures" / "infer.png", cv2.imencode(".png", picture)[1].tobytes())
+    return report
 
 
 def demo_manifest(data: Path) -> pd.DataFrame:
