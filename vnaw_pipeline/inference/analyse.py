@@ -35,7 +35,7 @@ from vnaw_pipeline.provenance import differences
 from vnaw_pipeline.runs import Run
 from vnaw_pipeline.stages import usable_cores
 
-DEFAULT_ENCODER = "drawn_swin"
+DEFAULT_ENCODER = "fer_lite0"
 """Of the weights that ship, those used where none are named. Their head gives the expressions."""
 
 SIGHTING = np.dtype([("frame_index", "i4"), ("track", "i4"), ("box", "f4", 4), ("score", "f4")])
