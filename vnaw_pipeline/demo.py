@@ -16,9 +16,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vnaw_pipeline.annotations import read_annotation
+from vnaw_pipeline.annotations import image_name, read_annotation
 from vnaw_pipeline.checks import check_manifest
-from vnaw_pipeline.config import PipelineConfig, load_config
+from vnaw_pipeline.config import PipelineConfig
 from vnaw_pipeline.errors import DataError, listing
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.extract import extract_features
@@ -39,15 +39,16 @@ from vnaw_pipeline.provenance import write_bytes, write_json
 from vnaw_pipeline.rendering.clip import scene, write_clip
 from vnaw_pipeline.rendering.dataset import render_dataset
 from vnaw_pipeline.report.figures import draw_confusion, draw_timeline
-from vnaw_pipeline.runs import RunFolder, open_run
+from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import StageReport
-from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS
+from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL, TASKS
 from vnaw_pipeline.training.frames import finetune_encoder
 from vnaw_pipeline.training.windows import train_windows
 
 DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 FOLDS = 3
 _TASK = TASKS["expr8"]
+_HAPPINESS = EXPRESSIONS.index("Happiness")
 _TEST_LIST = Path("names_of_videos_in_each_test_set", "Expression_Recognition_Challenge_test_set_release.txt")
 _TEMPLATE = Path("test_set_examples", "CVPR_6th_ABAW_Expr_test_set_example.txt")
 
@@ -110,7 +111,7 @@ def run_demo(work_dir: Path, config: PipelineConfig, say: Callable[[str], None])
         work_dir / "results.json",
         {name: {kind: scores_as_json(s, _TASK) for kind, s in of.items()} for name, of in scores.items()},
     )
-    report(_infer(work_dir, manifest, crops, run))
+    report(_infer(work_dir, manifest, crops, truth))
     _draw(work_dir / "figures", manifest, annotations, truth, tables["temporal, V-NAW"], scores["temporal, V-NAW"])
     say(format_table(scores))
     say(f"figures in {work_dir / 'figures'}, scores in {work_dir / 'results.json'}")
@@ -118,15 +119,19 @@ def run_demo(work_dir: Path, config: PipelineConfig, say: Callable[[str], None])
     say(f"demo: done in {minutes:.0f} min {seconds:02.0f} s")
 
 
-def _infer(work_dir: Path, manifest: pd.DataFrame, crops: Path, run: RunFolder) -> StageReport:
-    """Show `vnaw infer` on a validation person as a video file, and on one frame of it as an image."""
+def _infer(work_dir: Path, manifest: pd.DataFrame, crops: Path, truth: Path) -> StageReport:
+    """Show `vnaw infer`, with the encoder for photographs, on a validation person as a video file, and on their first
+    smile as an image."""
     out_dir = work_dir / "infer"
     person = manifest[manifest.split == "validation"].sort_values("num_frames").iloc[0]
+    labels = read_annotation(truth / person.annotation, _TASK)[: person.num_frames]
+    pictures = [crops / person.crops / image_name(frame_index) for frame_index in range(person.num_frames)]
+    smiles = [path for path, label in zip(pictures, labels, strict=False) if label == _HAPPINESS and path.is_file()]
     clip, image = out_dir / "drawn_person.mp4", out_dir / "drawn_face.png"
-    write_clip(crops / person.crops, int(person.num_frames), clip)
-    first = min((crops / person.crops).glob("*.jpg"))
-    write_bytes(image, cv2.imencode(".png", scene(first)[..., ::-1])[1].tobytes())
-    report = infer_videos([clip, image], out_dir, load_config(run.config), run=open_run(run.path))
+    write_clip(pictures, clip)
+    shown = scene(smiles[len(smiles) // 2] if smiles else pictures[0])
+    write_bytes(image, cv2.imencode(".png", shown[..., ::-1])[1].tobytes())
+    report = infer_videos([clip, image], out_dir, PipelineConfig())
     annotated = read_image(out_dir / image.stem / "annotated.png")
     timeline = read_image(min((out_dir / clip.stem).glob("timeline*.png")))
     margin = timeline.shape[1] - annotated.shape[1]

@@ -74,7 +74,7 @@ def write_through(path: Path, frames: Iterable[Frame], sound_of: Path | None = N
         stack.enter_context(_refusals_named(path))
         out = stack.enter_context(av.open(f"file:{path}", "w"))
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        options = {"preset": "superfast", "crf": "21"} if codec == "libx264" else {}
+        options = {"preset": "ultrafast", "crf": "21"} if codec == "libx264" else {}
         stream = cast(VideoStream, out.add_stream(codec, rate=25, options=options))
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = Fraction(1, _TICKS)

@@ -1,12 +1,12 @@
 """A drawn person as a video file, as someone might have recorded it: what `vnaw infer` is shown on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
 import cv2
 import numpy as np
 
-from vnaw_pipeline.annotations import image_name
 from vnaw_pipeline.crops.source import decode_crop
 from vnaw_pipeline.crops.video import Rgb
 from vnaw_pipeline.provenance import atomic_path
@@ -15,14 +15,14 @@ WIDTH, HEIGHT, FACE_PX, FRAMES_PER_SECOND = 640, 360, 240, 25
 _WALL = (96, 104, 112)
 
 
-def write_clip(crop_dir: Path, num_frames: int, path: Path) -> None:
-    """Encode a folder of drawn crops as an MP4, the face in the middle of a plain wall; a frame whose crop is missing
-    shows the wall alone."""
+def write_clip(crops: Sequence[Path], path: Path) -> None:
+    """Encode drawn crops as an MP4, the face in the middle of a plain wall; a frame whose crop is missing shows the
+    wall alone."""
     with atomic_path(path) as partial, av.open(str(partial), "w") as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"crf": "18", "preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        for frame_index in range(num_frames):
-            picture = av.VideoFrame.from_ndarray(scene(crop_dir / image_name(frame_index)), format="rgb24")
+        for crop in crops:
+            picture = av.VideoFrame.from_ndarray(scene(crop), format="rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
