@@ -3,9 +3,10 @@
     python benchmarks/label_noise.py WORK_DIR --faces FERPLUS --validation FERPLUS --imagenet imagenet_lite0.safetensors
 
 Every run trains the same encoder (tf_efficientnet_lite0 from its ImageNet weights, 48 px) with the same budget on the
-same 6,000 training faces, and is scored on the validation faces by the majority of their ten voters. Nothing is chosen
-by that score: each run is taken as its last epoch leaves it. All objectives are screened with one seed in each
-setting; cross-entropy, NLA and the best two then get five. One line per run in WORK_DIR/results.jsonl; a rerun does
+same 6,000 training faces, and is scored on the validation faces by the majority of their ten voters. No
+run is shaped by that score: each is taken as its last epoch leaves it. All objectives are screened with one seed in
+each setting; cross-entropy, NLA and the best two by that seed then get five, of which it is one, so the means of these
+two are a little optimistic. One line per run in WORK_DIR/results.jsonl; a rerun does
 what is missing; the tables are written to WORK_DIR/tables.md.
 """
 

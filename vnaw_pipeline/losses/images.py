@@ -48,10 +48,12 @@ def image_loss(
         log_t = torch.tensor(config.transition, dtype=log_p.dtype, device=log_p.device).clamp(min=_LEAST_SHARE).log()
         log_p = (log_p[:, :, None] + log_t).logsumexp(dim=1)
     losses = _label_losses(log_p, targets, config)
-    if config.objective == "elr" and memory is not None:
+    if config.objective == "elr":
+        assert memory is not None
         agreement = (log_p.exp() * memory[used]).sum(dim=1).clamp(max=_ELR_CEILING)
         losses = losses + config.elr_weight * (1 - agreement).log()
-    if config.weighting == "class" and class_weights is not None:
+    if config.weighting == "class":
+        assert class_weights is not None
         losses = losses * (targets * class_weights).sum(dim=1)
     if config.weighting == "naw" and progress >= config.naw_from:
         weights = naw_weights(log_p.exp(), targets.argmax(dim=1), progress, constants_of(config))

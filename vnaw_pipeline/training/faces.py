@@ -27,12 +27,13 @@ from vnaw_pipeline.tasks import EXPRESSIONS, TASKS
 from vnaw_pipeline.training.images import (
     ImageBatch,
     LabelObjective,
+    encoder_optimisation,
     erase_rectangles,
     label_objective,
     read_ahead,
     vary_images,
 )
-from vnaw_pipeline.training.loop import SCORE, Optimisation, Recipe, fit, seed_of, split_step
+from vnaw_pipeline.training.loop import SCORE, Recipe, fit, seed_of, split_step
 
 _SECTIONS = {"seed", "encoder", "pretrain"}
 """What this stage reads of the config; the rest may change between a run and its continuation."""
@@ -125,18 +126,7 @@ def pretrain_encoder(
         label="pretrain",
         memory=against_labels.memory,
     )
-    optimisation = Optimisation(
-        epochs=settings.epochs,
-        steps_per_epoch=-(-len(learnt) // settings.batch_faces),
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        warmup_share=settings.warmup_share,
-        max_grad_norm=1.0,
-        precision=settings.precision,
-        tracker=None,
-        seed=config.seed,
-        ema_decay=settings.ema_decay,
-    )
+    optimisation = encoder_optimisation(settings, -(-len(learnt) // settings.batch_faces), config.seed)
     before = folder.epochs_done()
     history = fit(recipe, optimisation, folder)
     best = max(history, key=lambda row: row[SCORE])
@@ -176,6 +166,9 @@ def _load_teacher(weights: Path, seed: int) -> Encoder:
     teacher = load_encoder(encoder_of_weights(weights), seed)
     if teacher.head is None or teacher.outputs != EXPRESSIONS:
         raise ConfigError(f"pretrain.teacher {weights} has no head for the eight expressions.")
+    device = process_state().device
+    teacher.model.to(device)
+    teacher.head.to(device)
     return teacher
 
 
@@ -224,8 +217,6 @@ def _objective(
 def _ask(teacher: Encoder, images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """The teacher's logits (B, K) for images that were normalised for the student, (B, 3, S, S)."""
     assert teacher.head is not None
-    teacher.model.to(images.device)
-    teacher.head.to(images.device)
     logits: Tensor = teacher.head(teacher.model(teacher.preprocessing.from_normalised(images, preprocessing)))
     return logits
 

@@ -34,12 +34,13 @@ from vnaw_pipeline.tasks import ACTION_UNITS, IGNORE_LABEL, TASKS, Task, TaskNam
 from vnaw_pipeline.training.images import (
     ImageBatch,
     LabelObjective,
+    encoder_optimisation,
     erase_rectangles,
     label_objective,
     read_ahead,
     vary_images,
 )
-from vnaw_pipeline.training.loop import SCORE, Optimisation, Recipe, fit, seed_of, split_step
+from vnaw_pipeline.training.loop import SCORE, Recipe, fit, seed_of, split_step
 from vnaw_pipeline.windows.plan import balanced_weights
 
 _SECTIONS = {"task", "seed", "encoder", "finetune"}
@@ -182,18 +183,7 @@ def finetune_encoder(
         memory=against_labels.memory,
         parameter_groups=groups,
     )
-    optimisation = Optimisation(
-        epochs=settings.epochs,
-        steps_per_epoch=-(-settings.frames_per_epoch // settings.batch_frames),
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        warmup_share=settings.warmup_share,
-        max_grad_norm=1.0,
-        precision=settings.precision,
-        tracker=None,
-        seed=config.seed,
-        ema_decay=settings.ema_decay,
-    )
+    optimisation = encoder_optimisation(settings, -(-settings.frames_per_epoch // settings.batch_frames), config.seed)
     before = folder.epochs_done()
     history = fit(recipe, optimisation, folder)
     best = max(history, key=lambda row: row[SCORE])

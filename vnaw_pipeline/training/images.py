@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vnaw_pipeline.config import ImageLossConfig
+from vnaw_pipeline.config import FinetuneConfig, ImageLossConfig, PretrainConfig
 from vnaw_pipeline.errors import ConfigError
 from vnaw_pipeline.losses.images import image_loss, jensen_shannon, update_memory
 from vnaw_pipeline.processes import process_state
+from vnaw_pipeline.training.loop import Optimisation
 
 Chosen = TypeVar("Chosen")
 Batch = TypeVar("Batch")
@@ -53,7 +54,7 @@ class LabelObjective:
             batch.targets,
             self.config,
             progress,
-            class_weights=self.class_weights.to(logits.device),
+            class_weights=self.class_weights,
             memory=rows,
         )
         if self.config.consistency:
@@ -76,7 +77,23 @@ def label_objective(config: ImageLossConfig, targets: Tensor) -> LabelObjective:
     weights = torch.where(mass > 0, 1 / mass.clamp(min=1e-9), 0.0)
     weights = weights * mass.sum() / (weights * mass).sum()  # 1 on average over the targets
     memory = {"predictions": torch.zeros_like(targets, device=state.device)} if config.objective == "elr" else {}
-    return LabelObjective(config, weights, memory)
+    return LabelObjective(config, weights.to(state.device), memory)
+
+
+def encoder_optimisation(settings: PretrainConfig | FinetuneConfig, steps_per_epoch: int, seed: int) -> Optimisation:
+    """How the config optimises an encoder."""
+    return Optimisation(
+        epochs=settings.epochs,
+        steps_per_epoch=steps_per_epoch,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_share=settings.warmup_share,
+        max_grad_norm=1.0,
+        precision=settings.precision,
+        tracker=None,
+        seed=seed,
+        ema_decay=settings.ema_decay,
+    )
 
 
 _ERASED_SHARE = (0.02, 0.2)

@@ -86,9 +86,9 @@ class _Progress:
 def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) -> list[dict[str, Any]]:
     """Train, from the last checkpoint in `folder` if there is one; the figures of every epoch.
 
-    After each epoch `last.safetensors` (model and optimiser), `best.safetensors` (model) and `metrics.jsonl` are
-    written whole. All randomness is seeded by epoch and process, so a run that was killed and goes on has the same
-    losses as one that was not.
+    After each epoch `last.safetensors` (all that a continuation needs), `best.safetensors` (the model, or its moving
+    average where there is one) and `metrics.jsonl` are written whole. All randomness is seeded by epoch and process,
+    so a run that was killed and goes on has the same losses as one that was not.
 
     Raises:
         CheckpointError: the last checkpoint is of another model or of other data.
