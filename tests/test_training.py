@@ -441,3 +441,19 @@ def test_coarse_label_space_trains_and_predicts(
     assert scores.confusion.shape == (5, 5)
     with pytest.raises(DataError, match="no column p_anger"):
         evaluate_predictions(drawn.manifest, drawn.annotations, predictions, "expr8")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_kept_memory_is_not_fetched_from_the_system_again() -> None:
+    code = """
+import resource, torch
+from vnaw_pipeline.processes import keep_freed_memory
+keep_freed_memory()
+for _ in range(3):
+    torch.ones(16_000_000).add(1)  # 64 MB each, freed at once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(16_000_000).add(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 20  # without it 31,250 pages, or 62 large ones

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vnaw_pipeline.checkpoints import load_tensors, save_tensors
 from vnaw_pipeline.errors import CheckpointError, ConfigError
-from vnaw_pipeline.processes import process_state, sum_over_processes
+from vnaw_pipeline.processes import keep_freed_memory, process_state, sum_over_processes
 from vnaw_pipeline.provenance import differences
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import progress_bar
@@ -94,6 +94,8 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
         CheckpointError: the last checkpoint is of another model or of other data.
     """
     accelerator = _open_accelerator(optimisation, folder.path)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     recipe.model.to(accelerator.device)
     groups = recipe.parameter_groups or [{"params": list(recipe.model.parameters())}]
     optimiser = torch.optim.AdamW(groups, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay)
