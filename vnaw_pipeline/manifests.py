@@ -225,9 +225,10 @@ def _one_row_a_video(of_tasks: Sequence[Sequence[AnnotationFile]], test_ids: Seq
     rows = {}
     unused = 0
     for file in files:
-        split = split_of[source_video_of(file.video_id)]
-        rows[file.video_id] = AnnotationFile(split, file.video_id, of_first.get((split, file.video_id), ""))
-        unused += file.split != split
+        if file.split == split_of[source_video_of(file.video_id)]:
+            rows[file.video_id] = file._replace(path=of_first.get((file.split, file.video_id), ""))
+        else:
+            unused += 1
     if unused:
         _LOG.warning(
             "%d annotation files are not used: another task has their recordings in validation or test.", unused
