@@ -45,7 +45,7 @@ def test_overrides_change_one_value() -> None:
     ("overrides", "words"),
     [
         (["train.epocs=5"], r"unknown key 'train.epocs'. Known here: epochs, "),
-        (["trian.epochs=5"], r"unknown key 'trian'. Known here: task, seed, "),
+        (["trian.epochs=5"], r"unknown key 'trian'. Known here: task, further_tasks, seed, "),
         (["windows.skip.share=[0.4,0.2]"], r"'windows.skip' = .*two ascending numbers"),
         (["windows.predict_stride=101"], "leaves gaps between windows of 100"),
         (["temporal.heads=3"], "width 512 is not a multiple of heads 3"),

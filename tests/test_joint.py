@@ -17,7 +17,7 @@ from vnaw_pipeline.annotations import image_name, write_annotation
 from vnaw_pipeline.checks import check_manifest
 from vnaw_pipeline.cli import app
 from vnaw_pipeline.config import PipelineConfig, dump_config
-from vnaw_pipeline.errors import ConfigError, DataError
+from vnaw_pipeline.errors import ConfigError, DataError, StoreError
 from vnaw_pipeline.features.bank import FeatureBank
 from vnaw_pipeline.features.store import create_store
 from vnaw_pipeline.inference.analyse import open_models
@@ -156,6 +156,9 @@ def test_the_check_knows_the_lengths_of_every_task(world: World) -> None:
     assert sum("VA_Estimation_Challenge/Train_Set/c.txt has 35 rows" in line for line in of_c) == 1
     assert sum("AU_Detection_Challenge/Train_Set/c.txt has 35 rows" in line for line in of_c) == 1
     assert all(line.startswith("error") for line in of_c)
+    config = config_of("va", {"expr8": 1.0})
+    with pytest.raises(StoreError, match="holds 35 frames of 'c', the manifest 37"):
+        train_windows(manifest, world.annotations, world.store, world.root / "run", config)
 
 
 def test_labels_of_further_tasks_are_cut_and_filled_to_the_rows_length(world: World) -> None:
@@ -181,6 +184,7 @@ def test_tasks_mixed_in_one_tree_or_missing_are_named(world: World, tmp_path: Pa
         read_labels(manifest, tmp_path / "annotations", AU)
     with pytest.raises(DataError, match="task va needs one folder VA_Estimation_Challenge"):
         build_manifest(tmp_path / "annotations", tmp_path / "crops", AU, further_tasks=[VA])
+    manifest = manifest[manifest.video_id == "a"]
     config = config_of("au", {"expr8": 1.0})
     with pytest.raises(DataError, match="task expr8 needs one folder EXPR_Recognition_Challenge"):
         train_windows(manifest, tmp_path / "annotations", world.store, tmp_path / "run", config)
@@ -278,13 +282,13 @@ def reference(logits, labels, valid, weights: dict[str, float], focal: bool, uni
     for b, p in np.ndindex(B, P):
         if not valid[b, p]:
             continue
-        x = logits[b, p].numpy()
+        x, affect = logits[b, p].numpy(), labels["va"][b, p].numpy()
         label = int(labels["expr8"][b, p])
         if label >= 0:
             ce.append(np.log(np.exp(x[:8]).sum()) - x[label])
-        if not np.isnan(labels["va"][b, p, 0]):
+        if not np.isnan(affect).any():
             predicted.append(np.tanh(x[8:10]))
-            truth.append(labels["va"][b, p].numpy())
+            truth.append(affect)
         for unit in range(12):
             label = int(labels["au"][b, p, unit])
             if label >= 0:
@@ -294,8 +298,8 @@ def reference(logits, labels, valid, weights: dict[str, float], focal: bool, uni
     v, w = np.array(predicted), np.array(truth)
     ccc = [2 * np.cov(v[:, c], w[:, c], bias=True)[0, 1]
            / (v[:, c].var() + w[:, c].var() + (v[:, c].mean() - w[:, c].mean()) ** 2) for c in range(2)]  # fmt: skip
-    affect = (1 - ccc[0]) / 2 + (1 - ccc[1]) / 2 + np.abs(v - w).mean()
-    return float(np.mean(ce) + weights["va"] * affect + weights["au"] * np.mean(binary))
+    of_affect = (1 - ccc[0]) / 2 + (1 - ccc[1]) / 2 + np.abs(v - w).mean()
+    return float(np.mean(ce) + weights["va"] * of_affect + weights["au"] * np.mean(binary))
 
 
 @pytest.mark.parametrize("focal", [False, True])
@@ -445,9 +449,11 @@ def test_a_joint_run_from_manifest_to_submissions(world: World, joint_manifest: 
 def test_a_fold_of_a_joint_run_is_scored_as_it_was_trained(world: World, tmp_path: Path) -> None:
     """Folds mix the official splits, by which the labels of further tasks are found."""
     folded = world.manifest(*ALL, folds=2)
+    assert set(folded.fold[folded.split != "test"]) == {"", "0", "1"}
+    folded["fold"] = folded.fold.where(folded.split == "test", "0").where(folded.video_id == "a", "")
     write_manifest(folded, tmp_path / "m.csv")
     config = config_of("expr8", {"va": 1.0})
-    train_windows(folded, world.annotations, world.store, tmp_path / "run", config, fold=1)
+    train_windows(folded, world.annotations, world.store, tmp_path / "run", config, fold=0)
     run = ("--manifest", tmp_path / "m.csv", "--run-dir", tmp_path / "run")
     vnaw("predict", *run, "--store", world.store)
     vnaw("evaluate", *run, "--annotations", world.annotations, "--json", tmp_path / "s.json")

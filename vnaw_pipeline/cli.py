@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vnaw_pipeline.errors import ConfigError, PipelineError
+from vnaw_pipeline.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from vnaw_pipeline.checks import Problem
@@ -40,9 +41,24 @@ Overrides = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start afresh instead of going on.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read encoder.weights from a .pth file.")]
 Split = Literal["train", "validation", "test"]
-TaskOption = Annotated[
-    list[Literal["expr8", "coarse5", "negative4", "va", "au"]] | None,
-    typer.Option("--task", help="Label space; expr8 without it. Repeatable: the first is the manifest's own."),
+
+
+def _task_named(name: str) -> Task:
+    """typer has no lists of choices."""
+    found = next((task for task in TASKS.values() if task.name == name), None)
+    if found is None:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(TASKS)}.")
+    return found
+
+
+Tasks = Annotated[
+    list[Task] | None,
+    typer.Option(
+        "--task",
+        parser=_task_named,
+        metavar="TASK",
+        help=f"{', '.join(TASKS)}; expr8 without it. Repeatable: the first is the manifest's main task.",
+    ),
 ]
 
 
@@ -67,7 +83,7 @@ def manifest(
     annotations: Annotated[
         Path | None, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)
     ] = None,
-    task: TaskOption = None,
+    tasks: Tasks = None,
     test_list: Annotated[
         Path | None, typer.Option(help="List of test videos, a name a line.", exists=True, dir_okay=False)
     ] = None,
@@ -83,9 +99,8 @@ def manifest(
     """Build the table of videos from the challenge's folders, then check it."""
     from vnaw_pipeline.checks import check_manifest
     from vnaw_pipeline.manifests import build_manifest, write_manifest
-    from vnaw_pipeline.tasks import TASKS
 
-    first, *others = [TASKS[name] for name in task or ["expr8"]]
+    first, *others = tasks or [TASKS["expr8"]]
     table = build_manifest(annotations, crops, first, test_list, template, videos, folds, seed, others)
     write_manifest(table, out)
     counts = ", ".join(f"{count} {split}" for split, count in table.split.value_counts(sort=False).items())
@@ -104,7 +119,7 @@ def check(
     annotations: Annotated[
         Path | None, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)
     ] = None,
-    task: TaskOption = None,
+    tasks: Tasks = None,
     template: Annotated[Path | None, typer.Option(help="Submission template.", exists=True, dir_okay=False)] = None,
     videos: Annotated[
         Path | None, typer.Option(help="Folder of video files; gives frame counts.", exists=True, file_okay=False)
@@ -112,9 +127,8 @@ def check(
 ) -> None:
     """List every problem of manifest, annotations and crops at once, with file and line; images are not opened."""
     from vnaw_pipeline.checks import check_manifest
-    from vnaw_pipeline.tasks import TASKS
 
-    first, *others = [TASKS[name] for name in task or ["expr8"]]
+    first, *others = tasks or [TASKS["expr8"]]
     problems = check_manifest(manifest, annotations, crops, first, videos, template, others)
     _print_problems(problems)
     errors = sum(problem.severity == "error" for problem in problems)
@@ -320,7 +334,6 @@ def _evaluate_encoder(encoder: str, faces: Path, split: Split, json_file: Path |
     from vnaw_pipeline.prediction.evaluate import format_scores
     from vnaw_pipeline.prediction.faces import evaluate_faces
     from vnaw_pipeline.provenance import write_json
-    from vnaw_pipeline.tasks import TASKS
 
     found = evaluate_faces(encoder, faces, split)
     typer.echo(format_scores(found.scores, TASKS["expr8"], "faces with a majority"))

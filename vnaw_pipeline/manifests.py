@@ -90,7 +90,7 @@ def build_manifest(
     for file in files:
         source_video = source_video_of(file.video_id)
         crops_path = crops.get(file.video_id, "")
-        defining = file.path or annotated.get((file.split, file.video_id), "")
+        defining = annotated.get((file.split, file.video_id), "")
         num_frames = (
             (count_rows(annotations_dir / defining) if annotations_dir is not None and defining else 0)
             or template_frames.get(file.video_id, 0)

@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vnaw_pipeline.errors import DataError
+from vnaw_pipeline.errors import DataError, StoreError
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.store import FeatureStore
 from vnaw_pipeline.manifests import read_labels
 from vnaw_pipeline.processes import process_state
 from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, Task, TaskName
+
+_DTYPES = {"classes": np.int64, "affect": np.float32, "units": np.int8}
+"""Of labels in arrays, as `read_annotation` gives them."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +77,28 @@ def open_labelled_bank(
     """Bank and labels of those videos that any of the tasks has labels for; `split` is what messages call them.
 
     Raises:
-        DataError: a task without a labelled frame, unusable annotations. StoreError: videos missing from the store.
+        DataError: a task without a labelled frame, unusable annotations.
+        StoreError: videos missing from the store, or of another length there.
     """
     of_tasks = {task.name: read_labels(videos, annotations_dir, task) for task in tasks} if len(videos) else {}
     annotated = [video_id for video_id in videos.video_id if any(video_id in of for of in of_tasks.values())]
+    lengths = videos.num_frames[videos.video_id.isin(annotated)].tolist()
     if not annotated:
         raise DataError(f"The manifest has no annotated videos in split '{split}'.")
     state = process_state()
-    lengths = dict(zip(videos.video_id, videos.num_frames, strict=True))
-    row_labels = {}
-    for task in tasks:
-        dtype = {"classes": np.int64, "affect": np.float32, "units": np.int8}[task.kind]
-        empty = {video_id: (lengths[video_id], *task.label_shape) for video_id in annotated}
-        parts = [
-            of_tasks[task.name].get(video_id, np.full(shape, task.unlabelled, dtype))
-            for video_id, shape in empty.items()
-        ]
-        rows = np.concatenate([*parts, np.full((1, *task.label_shape), task.unlabelled, dtype)])
-        if (np.isnan(rows) if task.kind == "affect" else rows == IGNORE_LABEL).all():
-            raise DataError(f"No frame of the split '{split}' has a label for task '{task.name}'.")
-        row_labels[task.name] = torch.from_numpy(rows).to(state.device)
     bank = open_bank(store, annotated, shown=state.is_main_process)
+    for video_id, found, wanted in zip(annotated, bank.num_frames.tolist(), lengths, strict=True):
+        if found != wanted:
+            raise StoreError(
+                f"{store.path} holds {found} frames of '{video_id}', the manifest {wanted}. Extract again."
+            )
+    row_labels: dict[TaskName, Tensor] = {}
+    for task in tasks:
+        rows = np.full((bank.zero_row + 1, *task.label_shape), task.unlabelled, dtype=_DTYPES[task.kind])
+        for video_id, (start, stop) in zip(bank.video_ids, pairwise(bank.first.tolist()), strict=True):
+            if video_id in of_tasks[task.name]:
+                rows[start:stop] = of_tasks[task.name][video_id]
+        row_labels[task.name] = torch.from_numpy(rows).to(state.device)
+        if (row_labels[task.name].isnan() if task.kind == "affect" else row_labels[task.name] == IGNORE_LABEL).all():
+            raise DataError(f"No frame of the split '{split}' has a label for task '{task.name}'.")
     return LabelledBank(bank.to(state.device), row_labels)
