@@ -111,6 +111,9 @@ def config_of(task: TaskName, further: dict[TaskName, float] | None = None, **se
     return PipelineConfig.model_validate(values)
 
 
+LEARN = {"train": {"epochs": 60, "batch_windows": 4, "learning_rate": 2e-2}, "windows": {"erase_share": 0}}
+
+
 def vnaw(*arguments: object) -> str:
     done = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -373,7 +376,7 @@ def test_balanced_units_weigh_alike_present_and_absent() -> None:
 
 @pytest.mark.parametrize("task", [VA, AU], ids=["va", "au"])
 def test_a_run_of_one_task_from_manifest_to_submission(task, world: World, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(dump_config(config_of(task.name, train={"epochs": 30})))
+    (tmp_path / "c.yaml").write_text(dump_config(config_of(task.name, **LEARN)))
     manifest, run, template = tmp_path / "m.csv", tmp_path / "run", world.template(task)
     tree = ("--annotations", world.annotations, "--crops", world.crops, "--template", template, "--task", task.name)
     vnaw("manifest", *tree, "--out", manifest)
@@ -417,7 +420,8 @@ def joint_manifest(world: World) -> Path:
 
 
 def test_a_joint_run_from_manifest_to_submissions(world: World, joint_manifest: Path, tmp_path: Path) -> None:
-    config = config_of("expr8", {"va": 1.0, "au": 1.0}, train={"epochs": 30, "sampling": "balanced"})
+    config = config_of("expr8", {"va": 1.0, "au": 1.0}, **LEARN)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"sampling": "balanced"})})
     (tmp_path / "c.yaml").write_text(dump_config(config))
     run = tmp_path / "run"
     given = ("--manifest", joint_manifest, "--annotations", world.annotations, "--run-dir", run)

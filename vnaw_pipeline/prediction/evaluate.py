@@ -10,7 +10,7 @@ import pandas as pd
 from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.manifests import read_labels, read_manifest
-from vnaw_pipeline.metrics import AffectScores, ExpressionScores, Scores, Thresholds, UnitScores, score_predictions
+from vnaw_pipeline.metrics import AffectScores, ExpressionScores, Scores, Thresholds, score_predictions
 from vnaw_pipeline.prediction.predict import read_predictions
 from vnaw_pipeline.tasks import TASKS, ExpressionTask, Task, TaskName
 
@@ -105,16 +105,12 @@ def format_scores(scores: Scores, task: Task, units: str = "labelled frames") ->
 
 def scores_as_json(scores: Scores, task: Task) -> dict[str, Any]:
     """Scores as a JSON object, shares in [0, 1] and concordances in [-1, 1]."""
-    if isinstance(scores, AffectScores):
-        of_outputs: dict[str, Any] = {"ccc": dict(zip(task.outputs, scores.ccc.tolist(), strict=True))}
-        return {"mean_ccc": scores.mean_ccc, **of_outputs, "num_frames": scores.num_frames}
-    of_outputs = {"f1": dict(zip(task.outputs, scores.f1.tolist(), strict=True))}
-    if isinstance(scores, UnitScores):
-        return {"mean_au_f1": scores.mean_au_f1, **of_outputs, "num_frames": scores.num_frames}
-    return {
-        "macro_f1": scores.macro_f1,
-        "accuracy": scores.accuracy,
-        **of_outputs,
-        "confusion": scores.confusion.tolist(),
+    each, values = ("ccc", scores.ccc) if isinstance(scores, AffectScores) else ("f1", scores.f1)
+    found: dict[str, Any] = {
+        task.metric: scores.figures[task.metric],
+        each: dict(zip(task.outputs, values.tolist(), strict=True)),
         "num_frames": scores.num_frames,
     }
+    if isinstance(scores, ExpressionScores):
+        found |= {"accuracy": scores.accuracy, "confusion": scores.confusion.tolist()}
+    return found

@@ -18,9 +18,10 @@ from vnaw_pipeline.provenance import atomic_path
 from vnaw_pipeline.tasks import Task
 from vnaw_pipeline.template import Template, read_template
 
+_NUMBER = r"-?(0(\.\d+)?|1(\.0+)?)"
 _POSSIBLE = {
     "classes": (re.compile(r"[0-7]"), "one of 0 to 7"),
-    "affect": (re.compile(r"(-?(0(\.\d+)?|1(\.0+)?))(,(-?(0(\.\d+)?|1(\.0+)?)))"), "two numbers from -1 to 1"),
+    "affect": (re.compile(f"{_NUMBER},{_NUMBER}"), "two numbers from -1 to 1"),
     "units": (re.compile(r"[01](,[01]){11}"), "twelve 0 or 1"),
 }
 """What may stand after an image."""
