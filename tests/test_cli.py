@@ -165,7 +165,9 @@ def test_wrong_input_is_one_message(
 
 
 def test_wrong_usage_is_exit_code_two() -> None:
-    for arguments in (["train"], ["nonsense"], ["train", "--manifest", "/nowhere"], ["predict", "--split", "tset"]):
+    unknown_task = ["manifest", "--task", "smile", "--crops", ".", "--out", "m.csv"]
+    for arguments in (["train"], ["nonsense"], ["train", "--manifest", "/nowhere"], ["predict", "--split", "tset"],
+                      unknown_task):  # fmt: skip
         done = vnaw(*arguments)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr

@@ -30,6 +30,11 @@ def _keys(values: object, prefix: str = "") -> set[str]:
     return set().union(*(_keys(value, f"{prefix}{key}.") for key, value in values.items()), {prefix})
 
 
+def test_tasks_stand_in_one_order_whatever_the_order_they_are_named_in() -> None:
+    config = load_config(None, ["task=va", "train.sampling=uniform", "further_tasks={au: 0.5, expr8: 1}"])
+    assert [task.name for task in config.tasks] == ["va", "expr8", "au"]
+
+
 def test_overrides_change_one_value() -> None:
     config = load_config(None, ["train.epochs=5", "windows.skip.mode=mask", "encoder.mean=[0.5,0.5,0.5]"])
     assert (config.train.epochs, config.windows.skip.mode, config.encoder.mean) == (5, "mask", (0.5, 0.5, 0.5))
@@ -40,12 +45,17 @@ def test_overrides_change_one_value() -> None:
     ("overrides", "words"),
     [
         (["train.epocs=5"], r"unknown key 'train.epocs'. Known here: epochs, "),
-        (["trian.epochs=5"], r"unknown key 'trian'. Known here: task, seed, "),
+        (["trian.epochs=5"], r"unknown key 'trian'. Known here: task, further_tasks, seed, "),
         (["windows.skip.share=[0.4,0.2]"], r"'windows.skip' = .*two ascending numbers"),
         (["windows.predict_stride=101"], "leaves gaps between windows of 100"),
         (["temporal.heads=3"], "width 512 is not a multiple of heads 3"),
         (["loss.lam_a=2"], "'loss.lam_a' = 2"),
         (["crop.detector=insightface"], "detector_path is needed"),
+        (["task=va"], r"--set task=va: .*set train.sampling=uniform"),
+        (["further_tasks.va=0"], "'further_tasks.va' = 0"),
+        (["further_tasks.vs=1"], r"further_tasks.*'vs'"),
+        (["further_tasks.expr8=1"], "holds the main task expr8"),
+        (["further_tasks.coarse5=1"], "expr8 and coarse5 are made from the same labels"),
         (["train.epochs"], "not of the form section.key=value"),
         (["train.epochs=[1"], "not readable as a YAML value"),
         (["train.epochs=5", "train.epochs.x=5"], "'epochs' is a value, not a section"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
-from vnaw_pipeline.config import ImageLossConfig
+from vnaw_pipeline.config import ImageLossConfig, UnitsLossConfig
 from vnaw_pipeline.losses.affect import affect_loss, concordance
 from vnaw_pipeline.losses.images import distillation_loss, image_loss, jensen_shannon, update_memory
 from vnaw_pipeline.losses.units import units_loss
@@ -221,9 +221,10 @@ def test_affect_and_unit_losses_leave_out_what_is_not_annotated() -> None:
     logits = torch.tensor([[0.0, 2.0], [-1.0, 9.0]], requires_grad=True)
     units = torch.tensor([[1, 0], [0, -1]], dtype=torch.int8)
     wanted = (math.log(2) + math.log1p(math.exp(2.0)) + math.log1p(math.exp(-1.0))) / 3
-    loss = units_loss(logits, units)
-    assert loss.item() == pytest.approx(wanted, rel=1e-6)
+    loss, count = units_loss(logits, units, UnitsLossConfig())
+    assert loss.item() == pytest.approx(3 * wanted, rel=1e-6)
+    assert count == 3
     loss.backward()
     assert logits.grad is not None
     assert logits.grad[1, 1] == 0
-    assert units_loss(logits, torch.full((2, 2), -1)).item() == 0
+    assert units_loss(logits, torch.full((2, 2), -1), UnitsLossConfig()) == (0, 0)

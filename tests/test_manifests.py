@@ -204,10 +204,10 @@ def test_every_problem_of_a_manifest_is_listed(tmp_path):
         read_manifest(path)
     lines = str(caught.value).splitlines()
     assert [int(re.match(rf"{re.escape(str(path))}:(\d+): ", line)[1]) for line in lines] == [
-        *(3, 3), *(4, 4, 4), 5, *(6, 6, 6, 6), *(7, 7)
+        *(3, 3), *(4, 4, 4), 5, *(6, 6, 6), *(7, 7)
     ]  # fmt: skip
     for expected in ("split 'training'", "num_frames '0'", "already in line 2", "num_frames 'x'", "3 columns",
-                     "byte 0xff", "no annotation", "fold '1;2'", "no source_video", "not a file name"):  # fmt: skip
+                     "byte 0xff", "fold '1;2'", "no source_video", "not a file name"):  # fmt: skip
         assert expected in str(caught.value)
 
 

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
-from vnaw_pipeline.metrics import expression_scores
+from vnaw_pipeline.metrics import affect_scores, expression_scores, score_predictions, unit_scores
 from vnaw_pipeline.prediction.smooth import fill_gaps, smooth_mean
+from vnaw_pipeline.tasks import TASKS
 
 
 @given(
@@ -28,6 +29,65 @@ def test_scores_equal_scikit_learn(labels: np.ndarray, predicted: np.ndarray) ->
     assert scores.macro_f1 == pytest.approx(f1.mean(), rel=1e-12)
     assert scores.accuracy == pytest.approx(accuracy_score(labels[used], predicted[used]), rel=1e-12)
     assert (scores.confusion == confusion_matrix(labels[used], predicted[used], labels=classes)).all()
+
+
+@given(st.integers(2, 60), st.integers(0, 1_000), st.floats(-1, 1))
+def test_concordance_equals_lins_from_correlation(num_frames: int, seed: int, offset: float) -> None:
+    """rho_c = 2 r s_x s_y / (s_x^2 + s_y^2 + (m_x - m_y)^2), r by np.corrcoef; over all frames at once, and 10 % of
+    them not annotated. Float64 twice, so they differ by rounding alone."""
+    generator = np.random.default_rng(seed)
+    labels = generator.uniform(-1, 1, (num_frames, 2)).astype(np.float32)
+    labels[generator.random(num_frames) < 0.1] = np.nan
+    labels[:2] = [[0.5, -0.5], [-0.5, 0.5]]
+    predicted = (0.5 * np.nan_to_num(labels) + offset + generator.normal(0, 0.3, labels.shape)).astype(np.float32)
+    used = ~np.isnan(labels[:, 0])
+    wanted = []
+    for x, y in zip(labels[used].astype(np.float64).T, predicted[used].astype(np.float64).T, strict=True):
+        r = np.corrcoef(x, y)[0, 1]
+        wanted.append(2 * r * x.std() * y.std() / (x.var() + y.var() + (x.mean() - y.mean()) ** 2))
+    scores = affect_scores(labels, predicted)
+    np.testing.assert_allclose(scores.ccc, wanted, rtol=1e-9, atol=1e-12)
+    assert scores.mean_ccc == pytest.approx(np.mean(wanted), rel=1e-9, abs=1e-12)
+    assert scores.num_frames == used.sum()
+
+
+def test_concordance_at_its_corners() -> None:
+    x = np.array([[0.1, 0.3], [0.5, 0.3], [-0.2, 0.3]], dtype=np.float32)
+    assert affect_scores(x, x).ccc.tolist() == [1.0, 0.0], "what never varies agrees with nothing"
+    assert affect_scores(x, -x).ccc[0] < 0
+    assert affect_scores(x[:1], x[:1]).mean_ccc == 0
+    assert affect_scores(np.full((3, 2), np.nan, np.float32), x) .figures == {
+        "mean_ccc": 0.0, "ccc_valence": 0.0, "ccc_arousal": 0.0
+    }  # fmt: skip
+
+
+@given(
+    labels=arrays.arrays(np.int8, (30, 12), elements=st.integers(-1, 1)),
+    present=arrays.arrays(np.bool_, (30, 12)),
+)
+def test_unit_scores_equal_scikit_learn(labels: np.ndarray, present: np.ndarray) -> None:
+    """Unit by unit, over the frames where that unit is annotated."""
+    scores = unit_scores(labels, present)
+    wanted = []
+    for truth, predicted in zip(labels.T, present.T, strict=True):
+        used = truth != -1
+        wanted.append(f1_score(truth[used], predicted[used], zero_division=0) if used.any() else 0.0)
+    np.testing.assert_allclose(scores.f1, wanted, rtol=1e-12)
+    assert scores.mean_au_f1 == pytest.approx(np.mean(wanted), rel=1e-12)
+    assert scores.num_frames == (labels != -1).any(axis=1).sum()
+
+
+def test_units_have_thresholds_of_their_own() -> None:
+    labels = np.ones((4, 12), np.int8)
+    labels[:, 0] = [1, 1, 0, 0]
+    predictions = np.full((4, 12), 0.3, np.float32)
+    predictions[:, 0] = [0.9, 0.5, 0.4, 0.1]
+    at_half = score_predictions(TASKS["au"], labels, predictions)
+    assert at_half.f1.tolist() == [1.0, *[0.0] * 11]
+    thresholds = np.array([0.4, *[0.3] * 11])
+    thresholds[1:] -= 1e-6  # .3 as float32 is above .3
+    lower = score_predictions(TASKS["au"], labels, predictions, thresholds)
+    assert lower.f1.tolist() == pytest.approx([0.8, *[1.0] * 11])
 
 
 @given(st.integers(1, 40), st.integers(0, 45), st.integers(0, 1_000))

@@ -10,7 +10,7 @@ import pytest
 from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.prediction.submission import verify_submission, write_submission
 from vnaw_pipeline.tasks import TASKS
-from vnaw_pipeline.template import read_template
+from vnaw_pipeline.template import read_template, template_task
 
 EXPR = TASKS["expr8"]
 HEADER = "image_location,Neutral,Anger,Disgust,Fear,Happiness,Sadness,Surprise,Other"
@@ -25,7 +25,7 @@ def template_of(folder: Path, lines: list[str], header: str = HEADER, newline: s
 def predictions_of(answers: dict[tuple[str, int], int]) -> pd.DataFrame:
     table = pd.DataFrame(list(answers), columns=["video_id", "frame_index"])
     table["valid"] = True
-    table[EXPR.probability_columns] = np.eye(8)[list(answers.values())]
+    table[EXPR.prediction_columns] = np.eye(8)[list(answers.values())]
     return table
 
 
@@ -101,6 +101,53 @@ def test_unusable_templates_are_named(tmp_path, header, lines, message):
         read_template(template_of(tmp_path, lines, header=header), EXPR)
 
 
+def other_predictions(task, rows: list[list[float]]) -> pd.DataFrame:
+    table = pd.DataFrame({"video_id": "2-30-640x360", "frame_index": range(len(rows))})
+    table[task.prediction_columns] = np.array(rows, dtype=np.float32)
+    return table
+
+
+def test_valence_and_arousal_are_clipped_and_never_in_exponents(tmp_path):
+    task = TASKS["va"]
+    template = template_of(tmp_path, [f"2-30-640x360/{k:05d}.jpg,0,0" for k in (1, 2, 3)], task.template_header)
+    table = other_predictions(task, [[0.5, -0.5], [1.2, -3], [1e-6, -0.12345]])
+    assert write_submission(table, template, tmp_path / "s.txt", task) == 3
+    assert (tmp_path / "s.txt").read_text().splitlines() == [
+        "image_location,valence,arousal",
+        "2-30-640x360/00001.jpg,0.5,-0.5",
+        "2-30-640x360/00002.jpg,1.0,-1.0",
+        "2-30-640x360/00003.jpg,0.0,-0.1235",
+    ]
+    for wrong in ("1.5,0.0", "0.5", "0.5,0.5,0.5", "nan,0.0", "1.1,0.0"):
+        (tmp_path / "s.txt").write_text((tmp_path / "s.txt").read_text().replace(",0.5,-0.5", f",{wrong}"))
+        with pytest.raises(DataError, match=r":2: .* two numbers from -1 to 1"):
+            verify_submission(tmp_path / "s.txt", template, task)
+        (tmp_path / "s.txt").write_text((tmp_path / "s.txt").read_text().replace(f",{wrong}\n", ",0.5,-0.5\n"))
+
+
+def test_action_units_are_twelve_bits_at_their_thresholds(tmp_path):
+    task = TASKS["au"]
+    template = template_of(tmp_path, ["2-30-640x360/00002.jpg" + ",0" * 12], task.template_header)
+    table = other_predictions(task, [[0] * 12, [0.5, 0.4, *[0.9] * 10]])
+    write_submission(table, template, tmp_path / "s.txt", task)
+    assert (tmp_path / "s.txt").read_text().splitlines()[1] == "2-30-640x360/00002.jpg,1,0" + ",1" * 10
+    write_submission(table, template, tmp_path / "s.txt", task, thresholds=np.array([0.6, 0.3, *[0.95] * 10]))
+    assert (tmp_path / "s.txt").read_text().splitlines()[1] == "2-30-640x360/00002.jpg,0,1" + ",0" * 10
+    (tmp_path / "s.txt").write_text(task.template_header + "\n2-30-640x360/00002.jpg" + ",2" * 12 + "\n")
+    with pytest.raises(DataError, match="twelve 0 or 1"):
+        verify_submission(tmp_path / "s.txt", template, task)
+
+
+def test_the_template_says_its_task(tmp_path):
+    template = template_of(tmp_path, ["a/00001.jpg,0.1,0.2"], TASKS["va"].template_header)
+    assert template_task(template, [EXPR, TASKS["va"]]) is TASKS["va"]
+    with pytest.raises(DataError, match="template of task va; expected that of expr8 or au"):
+        template_task(template, [EXPR, TASKS["au"]])
+    template.write_text("")
+    with pytest.raises(DataError, match="the file is empty"):
+        template_task(template, [EXPR])
+
+
 def test_templates_of_all_tasks_are_read(tmp_path):
     frames = read_template(
         template_of(tmp_path, ["a/00003.jpg,0.1,0.2"], header="image_location,valence,arousal"), TASKS["va"]
@@ -110,7 +157,7 @@ def test_templates_of_all_tasks_are_read(tmp_path):
 
 def test_other_label_spaces_cannot_be_submitted(tmp_path):
     template = template_of(tmp_path, ["a/00001.jpg,0"])
-    for name in ("coarse5", "negative4", "va", "au"):
+    for name in ("coarse5", "negative4"):
         with pytest.raises(DataError, match=f"task {name} cannot"):
             write_submission(predictions_of({("a", 0): 1}), template, tmp_path / "out.txt", TASKS[name])
 
@@ -142,7 +189,7 @@ def test_a_hundred_thousand_lines_take_seconds(tmp_path):
             "frame_index": np.tile(np.arange(length), videos),
         }
     )
-    table[EXPR.probability_columns] = np.random.default_rng(0).random((len(table), 8), dtype=np.float32)
+    table[EXPR.prediction_columns] = np.random.default_rng(0).random((len(table), 8), dtype=np.float32)
     started = time.perf_counter()
     assert write_submission(table, template, tmp_path / "out.txt", EXPR) == videos * length
     assert time.perf_counter() - started < 5

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from vnaw_pipeline.config import SkipConfig, WindowConfig
 from vnaw_pipeline.features.bank import FeatureBank
-from vnaw_pipeline.prediction.stitch import stitch_probabilities
-from vnaw_pipeline.tasks import IGNORE_LABEL
+from vnaw_pipeline.prediction.stitch import stitch_predictions
+from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS
 from vnaw_pipeline.windows.augment import channel_mask, skip_frames
 from vnaw_pipeline.windows.batches import gather_windows
 from vnaw_pipeline.windows.plan import (
@@ -59,7 +59,7 @@ def test_rows_stop_at_the_end_of_the_video() -> None:
     assert plan.video.tolist() == [0, 1, 1]
     assert rows[0].tolist() == [*range(8), *[38] * 12]
     assert rows[2].tolist() == list(range(18, 38))
-    batch = gather_windows(bank, torch.full((39,), IGNORE_LABEL), rows, plan.video)
+    batch = gather_windows(bank, {}, rows, plan.video)
     assert batch.frame_index[0].tolist() == [*range(8), *[-1] * 12]
     assert not batch.valid[0, 8:].any()
     assert (batch.embeddings[0, 8:] == 0).all()
@@ -102,15 +102,16 @@ def test_labels_travel_with_their_frames(mode: str, seed: int) -> None:
     plan = plan_windows(bank.num_frames, P, 10)
     skip = SkipConfig.model_validate({"mode": mode})
     rows = skip_frames(plan, bank.first, row_labels, P, skip, torch.Generator().manual_seed(seed))
-    batch = gather_windows(bank, row_labels, rows, plan.video)
+    batch = gather_windows(bank, {"expr8": row_labels}, rows, plan.video)
+    labels = batch.labels["expr8"]
     inside = batch.frame_index >= 0
     frame_rows = bank.first[batch.video][:, None] + batch.frame_index
-    assert (batch.labels[inside] == frame_rows[inside] % 8).all()
-    assert (batch.labels[~inside] == IGNORE_LABEL).all()
+    assert (labels[inside] == frame_rows[inside] % 8).all()
+    assert (labels[~inside] == IGNORE_LABEL).all()
     assert (batch.frame_index < bank.num_frames[batch.video][:, None]).all()
     seen = inside & batch.valid
     assert (batch.embeddings[seen][:, 0] == frame_rows[seen].to(torch.float16)).all()
-    assert (batch.labels != IGNORE_LABEL).any(dim=1).all(), "a labelled frame survives in every window"
+    assert (labels != IGNORE_LABEL).any(dim=1).all(), "a labelled frame survives in every window"
     ordered = batch.frame_index.cummax(dim=1).values
     assert (ordered == batch.frame_index)[inside].all(), "frames stay in order"
 
@@ -167,11 +168,12 @@ def test_exactly_the_share_of_channels_is_erased(seed: int, width: int, share: f
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=5), st.integers(1, 20), st.integers(1, 3))
 def test_stitching_gives_every_frame_its_own_answer(lengths: list[int], stride: int, processes: int) -> None:
     """A model that only reads its frame's embedding must come back frame by frame, whatever the windows are."""
-    bank = bank_of(lengths, width=3)
+    bank = bank_of(lengths, width=6)
+    tasks = [TASKS["negative4"], TASKS["va"]]
     windows = WindowConfig(window_frames=P, predict_stride=stride)
 
     def forward(embeddings: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        return embeddings.float() * torch.tensor([0.01, 0.0, -0.01])
+        return embeddings.float() * torch.tensor([0.01, 0.0, -0.01, 0.02, 0.01, -0.01])
 
     shares = []
 
@@ -180,8 +182,8 @@ def test_stitching_gives_every_frame_its_own_answer(lengths: list[int], stride: 
             shares.append(total)
             return total
 
-        return stitch_probabilities(
-            forward, bank, 3, windows, 4, process_index=index, num_processes=processes, reduce_sum=collect
+        return stitch_predictions(
+            forward, bank, tasks, windows, 4, process_index=index, num_processes=processes, reduce_sum=collect
         )
 
     for index in range(processes):
@@ -189,5 +191,6 @@ def test_stitching_gives_every_frame_its_own_answer(lengths: list[int], stride: 
     total = sum(shares[0::2])
     counts = sum(shares[1::2])
     found = (total / counts[:, None])[:-1]
-    wanted = forward(bank.embeddings, bank.valid).softmax(dim=1)[:-1]
+    logits = forward(bank.embeddings, bank.valid)[:-1]
+    wanted = torch.cat([logits[:, :4].softmax(dim=1), logits[:, 4:].tanh()], dim=1)
     torch.testing.assert_close(found, wanted)

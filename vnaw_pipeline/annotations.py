@@ -82,6 +82,13 @@ def scan_annotation(path: Path, task: Task) -> tuple[Labels | None, list[LinePro
     return _to_labels(values, task), []
 
 
+def is_of_another_task(path: Path, task: Task) -> bool:
+    """Whether a file has the header of a task with other labels; False where that cannot be told."""
+    lines, _ = read_lines(path)
+    found = _task_of_header(lines[0]) if lines else None
+    return found is not None and found.header != task.header
+
+
 def count_rows(path: Path) -> int:
     """Number of frames an annotation file has a row for, whatever the rows hold; 0 if it cannot be read."""
     return max(len(read_lines(path)[0]) - 1, 0)

@@ -1,6 +1,7 @@
 """Everything that is wrong with a data set, at once, each problem with its file and line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ import pandas as pd
 from vnaw_pipeline.annotations import count_rows, scan_annotation
 from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.layouts import (
+    AnnotationFile,
     crop_extent,
     crop_set_of,
     find_annotations,
@@ -21,7 +23,7 @@ from vnaw_pipeline.layouts import (
 )
 from vnaw_pipeline.manifests import SPLITS, row_problems, scan_manifest
 from vnaw_pipeline.tasks import SPLIT_DIRS, Task
-from vnaw_pipeline.template import read_template
+from vnaw_pipeline.template import read_template, template_task
 from vnaw_pipeline.textlines import LineProblem, located
 
 Severity = Literal["error", "warning"]
@@ -64,8 +66,12 @@ def check_manifest(
     task: Task,
     videos_dir: Path | None = None,
     template: Path | None = None,
+    further_tasks: Sequence[Task] = (),
 ) -> list[Problem]:
     """All problems of a manifest and of the files it names; an empty list if there are none.
+
+    `further_tasks` are those beside `task` that the manifest was built for; their files are found as `read_labels`
+    finds them.
 
     A length that differs by one frame is a warning, by more an error. It is compared with the videos where
     `videos_dir` is given, else with what packs and `vnaw crop` recorded, else with the highest image number.
@@ -88,11 +94,14 @@ def check_manifest(
     problems += _split_problems(rows, path, annotations_dir is not None)
     if annotations_dir is not None:
         problems += _annotation_problems(rows, annotations_dir, task)
+        for further in further_tasks:
+            problems += _further_problems(rows, annotations_dir, further)
+        problems += _unlabelled_problems(rows, annotations_dir, further_tasks)
     problems += _crop_problems(rows, crops_root, has_videos=videos_dir is not None)
     if videos_dir is not None:
         problems += _video_problems(rows, videos_dir)
     if template is not None:
-        problems += _template_problems(rows, template, task)
+        problems += _template_problems(rows, template, (task, *further_tasks))
     return problems
 
 
@@ -125,16 +134,54 @@ def _annotation_problems(rows: list[_Row], annotations_dir: Path, task: Task) ->
         num_rows = len(labels) if labels is not None else count_rows(path)
         if num_rows not in (0, row.num_frames):
             yield row.problem("error", f"num_frames is {row.num_frames}, but {path} has {num_rows} rows")
-    used = {row.annotation for row in rows}
     try:
         files = find_annotations(annotations_dir, task)
     except DataError as error:
         yield Problem("error", annotations_dir, None, str(error))
         return
+    used = {row.annotation for row in rows}
+    yield from _unused_problems(rows, annotations_dir, [file for file in files if file.path not in used])
+
+
+def _further_problems(rows: list[_Row], annotations_dir: Path, task: Task) -> Iterator[Problem]:
+    """The files of a task beside the manifest's first. A length that differs by one frame is a warning, by more an
+    error: such frames go without a label."""
+    try:
+        files = find_annotations(annotations_dir, task)
+    except DataError as error:
+        yield Problem("error", annotations_dir, None, str(error))
+        return
+    row_of = {(row.split, row.video_id): row for row in rows}
     for file in files:
-        if file.path not in used:
-            message = f"no row of the manifest uses this {SPLIT_DIRS[file.split]} annotation"
-            yield Problem("warning", annotations_dir / file.path, None, message)
+        row = row_of.get((file.split, file.video_id))
+        if row is not None:
+            path = annotations_dir / file.path
+            labels, found = scan_annotation(path, task)
+            yield from (Problem("error", path, line, message) for line, message in found)
+            num_rows = len(labels) if labels is not None else count_rows(path)
+            yield from _length_problem(row, num_rows, f"{path} has {num_rows} rows")
+    unused = [file for file in files if (file.split, file.video_id) not in row_of]
+    yield from _unused_problems(rows, annotations_dir, unused)
+
+
+def _unused_problems(rows: list[_Row], annotations_dir: Path, files: Sequence[AnnotationFile]) -> Iterator[Problem]:
+    split_of = {row.video_id: row.split for row in rows}
+    for file in files:
+        message = f"no row of the manifest uses this {SPLIT_DIRS[file.split]} annotation"
+        split = split_of.get(file.video_id, file.split)
+        if split != file.split:
+            message += f"; the video is in {split}"
+        yield Problem("warning", annotations_dir / file.path, None, message)
+
+
+def _unlabelled_problems(rows: list[_Row], annotations_dir: Path, further_tasks: Sequence[Task]) -> Iterator[Problem]:
+    labelled = {(row.split, row.video_id) for row in rows if row.annotation}
+    for task in further_tasks:
+        with suppress(DataError):  # reported with the task's files
+            labelled |= {(file.split, file.video_id) for file in find_annotations(annotations_dir, task)}
+    for row in rows:
+        if row.split in SPLIT_DIRS and (row.split, row.video_id) not in labelled:
+            yield row.problem("error", f"is in {row.split} and has no annotation")
 
 
 def _crop_problems(rows: list[_Row], crops_root: Path, *, has_videos: bool) -> Iterator[Problem]:
@@ -217,9 +264,9 @@ def _video_problems(rows: list[_Row], videos_dir: Path) -> Iterator[Problem]:
             yield from _length_problem(row, num_frames, f"its video {video} has {num_frames} frames")
 
 
-def _template_problems(rows: list[_Row], template: Path, task: Task) -> Iterator[Problem]:
+def _template_problems(rows: list[_Row], template: Path, tasks: Sequence[Task]) -> Iterator[Problem]:
     try:
-        frames_of = read_template(template, task).frame_counts()
+        frames_of = read_template(template, template_task(template, tasks)).frame_counts()
     except DataError as error:
         yield Problem("error", template, None, str(error))
         return

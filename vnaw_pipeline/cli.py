@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vnaw_pipeline.errors import ConfigError, PipelineError
+from vnaw_pipeline.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from vnaw_pipeline.checks import Problem
@@ -40,7 +41,25 @@ Overrides = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start afresh instead of going on.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read encoder.weights from a .pth file.")]
 Split = Literal["train", "validation", "test"]
-TaskOption = Annotated[Literal["expr8", "coarse5", "negative4", "va", "au"], typer.Option(help="Label space.")]
+
+
+def _task_named(name: str) -> Task:
+    """typer has no lists of choices."""
+    found = next((task for task in TASKS.values() if task.name == name), None)
+    if found is None:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(TASKS)}.")
+    return found
+
+
+Tasks = Annotated[
+    list[Task] | None,
+    typer.Option(
+        "--task",
+        parser=_task_named,
+        metavar="TASK",
+        help=f"{', '.join(TASKS)}; expr8 without it. Repeatable: the first is the manifest's main task.",
+    ),
+]
 
 
 @app.command()
@@ -64,7 +83,7 @@ def manifest(
     annotations: Annotated[
         Path | None, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)
     ] = None,
-    task: TaskOption = "expr8",
+    tasks: Tasks = None,
     test_list: Annotated[
         Path | None, typer.Option(help="List of test videos, a name a line.", exists=True, dir_okay=False)
     ] = None,
@@ -80,12 +99,12 @@ def manifest(
     """Build the table of videos from the challenge's folders, then check it."""
     from vnaw_pipeline.checks import check_manifest
     from vnaw_pipeline.manifests import build_manifest, write_manifest
-    from vnaw_pipeline.tasks import TASKS
 
-    table = build_manifest(annotations, crops, TASKS[task], test_list, template, videos, folds, seed)
+    first, *others = tasks or [TASKS["expr8"]]
+    table = build_manifest(annotations, crops, first, test_list, template, videos, folds, seed, others)
     write_manifest(table, out)
     counts = ", ".join(f"{count} {split}" for split, count in table.split.value_counts(sort=False).items())
-    problems = check_manifest(out, annotations, crops, TASKS[task], videos, template)
+    problems = check_manifest(out, annotations, crops, first, videos, template, others)
     errors = [problem for problem in problems if problem.severity == "error"]
     _print_problems(errors)
     found = f"{len(errors)} errors, {len(problems) - len(errors)} warnings (`vnaw check` lists them)"
@@ -100,7 +119,7 @@ def check(
     annotations: Annotated[
         Path | None, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)
     ] = None,
-    task: TaskOption = "expr8",
+    tasks: Tasks = None,
     template: Annotated[Path | None, typer.Option(help="Submission template.", exists=True, dir_okay=False)] = None,
     videos: Annotated[
         Path | None, typer.Option(help="Folder of video files; gives frame counts.", exists=True, file_okay=False)
@@ -108,9 +127,9 @@ def check(
 ) -> None:
     """List every problem of manifest, annotations and crops at once, with file and line; images are not opened."""
     from vnaw_pipeline.checks import check_manifest
-    from vnaw_pipeline.tasks import TASKS
 
-    problems = check_manifest(manifest, annotations, crops, TASKS[task], videos, template)
+    first, *others = tasks or [TASKS["expr8"]]
+    problems = check_manifest(manifest, annotations, crops, first, videos, template, others)
     _print_problems(problems)
     errors = sum(problem.severity == "error" for problem in problems)
     typer.echo(f"check: {errors} errors, {len(problems) - errors} warnings in {manifest}")
@@ -238,9 +257,8 @@ def evaluate(
     split: Annotated[Split, typer.Option(help="Split to score.")] = "validation",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.", dir_okay=False)] = None,
 ) -> None:
-    """Score a run's predictions over every labelled frame (--manifest, --annotations, --run-dir), or an encoder's own
-    head on static faces (--encoder, --faces)."""
-    from vnaw_pipeline.manifests import read_manifest
+    """Score a run's predictions over every labelled frame (--manifest, --annotations, --run-dir), for each of its
+    tasks, or an encoder's own head on static faces (--encoder, --faces)."""
     from vnaw_pipeline.prediction.evaluate import evaluate_predictions, format_scores, scores_as_json
     from vnaw_pipeline.provenance import write_json
     from vnaw_pipeline.runs import open_run
@@ -253,11 +271,14 @@ def evaluate(
             "Give --manifest, --annotations and --run-dir to score a run, or --encoder and --faces to score an encoder."
         )
     opened = open_run(run)
-    videos = opened.split_videos(read_manifest(manifest))
-    scores = evaluate_predictions(videos, annotations, opened.folder.predictions(split), opened.config.task, split)
-    typer.echo(format_scores(scores, opened.task))
-    if json_file is not None:
-        write_json(json_file, scores_as_json(scores, opened.task))
+    table, fold = opened.folder.predictions(split), opened.header["fold"]
+    found = {}
+    for task in opened.config.tasks:
+        scores = evaluate_predictions(manifest, annotations, table, task.name, split, fold)
+        typer.echo(format_scores(scores, task))
+        found[task.name] = scores_as_json(scores, task)
+    if json_file is not None:  # the main task's scores, and the others' under their names
+        write_json(json_file, {**found.pop(opened.task.name), **found})
 
 
 @app.command()
@@ -267,14 +288,16 @@ def submit(
     out: Annotated[Path, typer.Option(help="Submission to write.", dir_okay=False)],
     split: Annotated[Split, typer.Option(help="Split that was predicted.")] = "test",
 ) -> None:
-    """Write a challenge submission: every line of the template answered, in its order."""
+    """Write a challenge submission for the template's task: every line of it answered, in its order."""
     from vnaw_pipeline.prediction.predict import read_predictions
     from vnaw_pipeline.prediction.submission import write_submission
     from vnaw_pipeline.runs import open_run
+    from vnaw_pipeline.template import template_task
 
     opened = open_run(run)
-    table = read_predictions(opened.folder.predictions(split), opened.task)
-    lines = write_submission(table, template, out, opened.task)
+    task = template_task(template, opened.config.tasks)
+    table = read_predictions(opened.folder.predictions(split), task)
+    lines = write_submission(table, template, out, task)
     typer.echo(f"submit: {lines} lines written and read back -> {out}")
 
 
@@ -311,7 +334,6 @@ def _evaluate_encoder(encoder: str, faces: Path, split: Split, json_file: Path |
     from vnaw_pipeline.prediction.evaluate import format_scores
     from vnaw_pipeline.prediction.faces import evaluate_faces
     from vnaw_pipeline.provenance import write_json
-    from vnaw_pipeline.tasks import TASKS
 
     found = evaluate_faces(encoder, faces, split)
     typer.echo(format_scores(found.scores, TASKS["expr8"], "faces with a majority"))

@@ -4,13 +4,13 @@
 """
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vnaw_pipeline.errors import ConfigError, listing
-from vnaw_pipeline.tasks import ExpressionTask
+from vnaw_pipeline.tasks import TASKS, Task, TaskName
 
 
 class _Section(BaseModel):
@@ -272,6 +272,15 @@ class LossConfig(_Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
 
+class UnitsLossConfig(_Section):
+    """Objective of action units, frame by frame and unit by unit."""
+
+    objective: Literal["bce", "focal"] = "bce"
+    """Binary cross-entropy; the same times (1 - p of the label)^2."""
+    weighting: Literal["none", "balanced"] = "none"
+    """`balanced`: of each unit, its present and its absent training frames weigh alike."""
+
+
 class TrainConfig(_Section):
     """Optimisation of the temporal model."""
 
@@ -283,7 +292,8 @@ class TrainConfig(_Section):
     windows_per_epoch: int | None = Field(default=None, gt=0)
     """Draws per epoch; null: as many as there are training windows."""
     sampling: Literal["balanced", "uniform"] = "balanced"
-    """`balanced`: each class of window label is drawn equally often, with replacement."""
+    """`balanced`: each class of window label is drawn equally often, with replacement; a window that only a further
+    task has labels for as often as the average one. It needs a main task with classes."""
     learning_rate: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
@@ -323,7 +333,11 @@ class InferConfig(_Section):
 class PipelineConfig(_Section):
     """Everything one run of the pipeline is told."""
 
-    task: ExpressionTask = "expr8"
+    task: TaskName = "expr8"
+    """The main task: its score chooses the epoch."""
+    further_tasks: dict[TaskName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Tasks learnt beside it by one temporal model, each with the weight of its loss; a frame may be labelled for any
+    of them."""
     seed: int = Field(default=0, ge=0)
     crop: CropConfig = CropConfig()
     encoder: EncoderConfig = EncoderConfig()
@@ -333,9 +347,28 @@ class PipelineConfig(_Section):
     windows: WindowConfig = WindowConfig()
     temporal: TemporalConfig = TemporalConfig()
     loss: LossConfig = LossConfig()
+    units_loss: UnitsLossConfig = UnitsLossConfig()
     train: TrainConfig = TrainConfig()
     predict: PredictConfig = PredictConfig()
     infer: InferConfig = InferConfig()
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The main task, then the others in the order of TASKS."""
+        return TASKS[self.task], *(task for name, task in TASKS.items() if name in self.further_tasks)
+
+    @model_validator(mode="after")
+    def _tasks_go_together(self) -> Self:
+        if self.task in self.further_tasks:
+            raise ValueError(f"further_tasks holds the main task {self.task}; name each task once")
+        with_classes = [task.name for task in self.tasks if task.kind == "classes"]
+        if len(with_classes) > 1:
+            raise ValueError(f"{' and '.join(with_classes)} are made from the same labels; learn one of them in a run")
+        if self.train.sampling == "balanced" and TASKS[self.task].kind != "classes":
+            raise ValueError(
+                f"train.sampling 'balanced' needs classes, which task {self.task} has not; set train.sampling=uniform"
+            )
+        return self
 
 
 def load_config(path: Path | None = None, overrides: list[str] | None = None) -> PipelineConfig:
@@ -387,6 +420,8 @@ def _describe(issue: Any, where: str) -> str:
     dotted = ".".join(str(part) for part in issue["loc"])
     if issue["type"] == "extra_forbidden":
         return f"{where}: unknown key '{dotted}'. {_known_keys(issue['loc'])}"
+    if not dotted:  # keys of several sections do not go together
+        return f"{where}: {issue['msg']}."
     return f"{where}: '{dotted}' = {issue['input']!r}: {issue['msg']}."
 
 

@@ -170,7 +170,7 @@ def _majority_table(labels: npt.NDArray[np.int64], validation: FeatureBank, work
     counts = np.bincount(labels[labels != IGNORE_LABEL], minlength=len(_TASK.outputs))
     shares = (counts / counts.sum()).astype(np.float32)
     path = work_dir / "baselines" / "majority.parquet"
-    write_predictions(path, np.broadcast_to(shares, (validation.zero_row, len(shares))), validation, _TASK)
+    write_predictions(path, np.broadcast_to(shares, (validation.zero_row, len(shares))), validation, [_TASK])
     return path
 
 
@@ -187,7 +187,7 @@ def _probe_table(train: FeatureBank, labels: npt.NDArray[np.int64], validation: 
     probabilities[:, probe.classes_] = answered
     shares = np.bincount(labels[used], minlength=len(_TASK.outputs)) / used.sum()
     path = work_dir / "baselines" / "probe.parquet"
-    write_predictions(path, finish_probabilities(probabilities, validation, shares, 0), validation, _TASK)
+    write_predictions(path, finish_probabilities(probabilities, validation, shares, 0), validation, [_TASK])
     return path
 
 
@@ -211,7 +211,7 @@ def _draw(
     video_id = max(true_labels, key=lambda name: len(np.unique(true_labels[name])))
     table = read_predictions(predictions, _TASK)
     of_video = table[table.video_id == video_id].sort_values("frame_index")
-    probabilities = of_video[_TASK.probability_columns].to_numpy(dtype=np.float32)
+    probabilities = of_video[_TASK.prediction_columns].to_numpy(dtype=np.float32)
     given = read_annotation(annotations / rows.set_index("video_id").annotation[video_id], _TASK)
     draw_timeline(
         figures / "timeline.png",

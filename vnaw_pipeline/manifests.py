@@ -5,14 +5,22 @@ Paths are relative to roots given at run time, so that a manifest moves between 
 
 import csv
 import io
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from vnaw_pipeline.annotations import Labels, count_rows, labelled, read_annotation, scan_annotation
+from vnaw_pipeline.annotations import (
+    Labels,
+    count_rows,
+    is_of_another_task,
+    labelled,
+    read_annotation,
+    scan_annotation,
+)
 from vnaw_pipeline.errors import DataError, listing
 from vnaw_pipeline.folds import assign_folds
 from vnaw_pipeline.layouts import (
@@ -30,11 +38,13 @@ from vnaw_pipeline.layouts import (
 )
 from vnaw_pipeline.provenance import write_text
 from vnaw_pipeline.tasks import Task
-from vnaw_pipeline.template import read_template
+from vnaw_pipeline.template import read_template, template_task
 from vnaw_pipeline.textlines import LineProblem, located, read_lines, shortened
 
 COLUMNS = ("video_id", "split", "num_frames", "crops", "annotation", "fold", "source_video")
 SPLITS = ("train", "validation", "test")
+
+_LOG = logging.getLogger(__name__)
 
 
 def build_manifest(
@@ -46,6 +56,7 @@ def build_manifest(
     videos_dir: Path | None = None,
     folds: int = 0,
     seed: int = 0,
+    further_tasks: Sequence[Task] = (),
 ) -> pd.DataFrame:
     """Build the table of `COLUMNS` from a challenge's folders, train, validation, then test in its list's order.
 
@@ -54,24 +65,34 @@ def build_manifest(
     the video, else what the crops tell. Faulty files do not stop it; `check_manifest` names them.
     `crops` is '' for a video without crops, `num_frames` 0 where nothing tells it.
 
+    With `further_tasks` the rows are the videos that any of the tasks has annotations for; `annotation` is the file of
+    `task`, '' where it has none, and the template may be that of any. A recording that is in the training set of one
+    task and in the validation or test set of another is in the latter: what it has been annotated with in training is
+    used neither for learning nor for scores. How many files that concerns is logged as a warning.
+
     Raises:
         DataError: a folder, list or template is missing or cannot be used; folds that cannot be made.
     """
-    annotated = find_annotations(annotations_dir, task) if annotations_dir is not None else []
-    template_frames = read_template(template, task).frame_counts() if template is not None else {}
+    tasks = (task, *further_tasks)
+    of_tasks = [find_annotations(annotations_dir, one) for one in tasks] if annotations_dir is not None else [[]]
+    template_frames = {}
+    if template is not None:
+        template_frames = read_template(template, template_task(template, tasks)).frame_counts()
     found = find_crops(crops_root)
     test_ids = read_video_list(test_list) if test_list is not None else list(template_frames)
-    files = [*annotated, *(AnnotationFile("test", video_id, "") for video_id in test_ids)]
+    files = _one_row_a_video(of_tasks, test_ids) if further_tasks else [*of_tasks[0], *_test_rows(test_ids)]
     if annotations_dir is None and not files:
-        files = [AnnotationFile("test", video_id, "") for video_id in found]
+        files = _test_rows(found)
     crops = choose_crops(found, [file.video_id for file in files])
     videos = find_videos(videos_dir) if videos_dir is not None else {}
     rows = []
+    annotated = {(file.split, file.video_id): file.path for of_task in reversed(of_tasks) for file in of_task}
     for file in files:
         source_video = source_video_of(file.video_id)
         crops_path = crops.get(file.video_id, "")
+        defining = annotated.get((file.split, file.video_id), "")
         num_frames = (
-            (count_rows(annotations_dir / file.path) if annotations_dir is not None and file.path else 0)
+            (count_rows(annotations_dir / defining) if annotations_dir is not None and defining else 0)
             or template_frames.get(file.video_id, 0)
             or (_length_or_zero(video_frame_count, videos[source_video]) if source_video in videos else 0)
             or (_length_or_zero(crops_frame_count, crops_root / crops_path) if crops_path else 0)
@@ -156,14 +177,20 @@ def row_problems(rows: Sequence[Mapping[str, str]], lines: Sequence[int]) -> lis
 
 
 def read_labels(manifest: pd.DataFrame, annotations_dir: Path, task: Task) -> dict[str, Labels]:
-    """Labels of every row that has an annotation, each of the row's `num_frames`.
+    """A task's labels by video, each of its row's `num_frames`; rows without are left out.
+
+    They are in the files of the column `annotation`, whose length must be the row's. If those are another task's, they
+    are the files that the task has below `annotations_dir` for a row's `video_id` in the row's split; of these, rows
+    beyond the last frame are left out, and frames beyond the last row are not labelled.
 
     Raises:
         DataError: every unreadable annotation and every one of another length, at once.
     """
+    rows = manifest[manifest["annotation"] != ""]
+    if len(rows) == 0 or is_of_another_task(annotations_dir / rows["annotation"].iloc[0], task):
+        return _labels_by_name(manifest, annotations_dir, task)
     labels: dict[str, Labels] = {}
     problems = []
-    rows = manifest[manifest["annotation"] != ""]
     for video_id, num_frames, annotation in zip(rows["video_id"], rows["num_frames"], rows["annotation"], strict=True):
         path = annotations_dir / annotation
         try:
@@ -174,6 +201,57 @@ def read_labels(manifest: pd.DataFrame, annotations_dir: Path, task: Task) -> di
         if len(labels[video_id]) != num_frames:
             found = len(labels[video_id])
             problems.append(f"{path}: {found} rows; the manifest says {num_frames} frames. Build the manifest again.")
+    if problems:
+        raise DataError(listing(problems))
+    return labels
+
+
+def _test_rows(video_ids: Iterable[str]) -> list[AnnotationFile]:
+    return [AnnotationFile("test", video_id, "") for video_id in video_ids]
+
+
+def _one_row_a_video(of_tasks: Sequence[Sequence[AnnotationFile]], test_ids: Sequence[str]) -> list[AnnotationFile]:
+    """The videos of several tasks, each in the last of `SPLITS` that any task has its recording in, with the file
+    that the first task has for it in this split, or ''."""
+    files = [
+        *_test_rows(test_ids),
+        *sorted((file for of_task in of_tasks for file in of_task), key=lambda file: file.video_id),
+    ]
+    split_of: dict[str, str] = {}
+    for file in files:
+        source = source_video_of(file.video_id)
+        split_of[source] = max(split_of.get(source, SPLITS[0]), file.split, key=SPLITS.index)
+    of_first = {(file.split, file.video_id): file.path for file in of_tasks[0]}
+    rows = {}
+    unused = 0
+    for file in files:
+        if file.split == split_of[source_video_of(file.video_id)]:
+            rows[file.video_id] = file._replace(path=of_first.get((file.split, file.video_id), ""))
+        else:
+            unused += 1
+    if unused:
+        _LOG.warning(
+            "%d annotation files are not used: another task has their recordings in validation or test.", unused
+        )
+    return sorted(rows.values(), key=lambda row: SPLITS.index(row.split))
+
+
+def _labels_by_name(manifest: pd.DataFrame, annotations_dir: Path, task: Task) -> dict[str, Labels]:
+    num_frames = dict(
+        zip(zip(manifest["split"], manifest["video_id"], strict=True), manifest["num_frames"], strict=True)
+    )
+    labels: dict[str, Labels] = {}
+    problems = []
+    for split, video_id, path in find_annotations(annotations_dir, task):
+        if (split, video_id) in num_frames:
+            try:
+                found = read_annotation(annotations_dir / path, task)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            shape = (num_frames[split, video_id], *task.label_shape)
+            labels[video_id] = np.full(shape, task.unlabelled, dtype=found.dtype)
+            labels[video_id][: len(found)] = found[: shape[0]]
     if problems:
         raise DataError(listing(problems))
     return labels
@@ -192,7 +270,7 @@ def _with_folds(manifest: pd.DataFrame, annotations_dir: Path, task: Task, folds
     rows = manifest[manifest["split"] != "test"]
     class_frames = np.zeros((len(rows), len(task.outputs)), dtype=np.int64)
     for index, annotation in enumerate(rows["annotation"]):
-        labels, _ = scan_annotation(annotations_dir / annotation, task)
+        labels, _ = scan_annotation(annotations_dir / annotation, task) if annotation else (None, [])
         if labels is not None:
             class_frames[index] = np.bincount(labels[labelled(labels)], minlength=len(task.outputs))
     fold = pd.Series(assign_folds(rows["source_video"].tolist(), class_frames, folds, seed), index=rows.index)
@@ -214,8 +292,6 @@ def _value_problems(row: Mapping[str, str]) -> list[str]:
         problems.append(f"split {row['split']!r} is not one of {', '.join(SPLITS)}")
     if not re.fullmatch(r"0*[1-9][0-9]{0,8}", row["num_frames"]):
         problems.append(f"num_frames {row['num_frames']!r} is not a whole number above 0")
-    if row["split"] in ("train", "validation") and not row["annotation"]:
-        problems.append(f"video {video_id} is in {row['split']} and has no annotation")
     for column in ("crops", "annotation"):
         if row[column].startswith("/") or re.match(r"[A-Za-z]:", row[column]) or ".." in row[column].split("/"):
             problems.append(f"{column} {row[column]!r} must be a path below its root, with forward slashes")

@@ -100,7 +100,10 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run, open for prediction: the best model in eval mode, and the header of its checkpoint."""
+    """A trained run, open for prediction: the best model in eval mode, and the header of its checkpoint.
+
+    `task` is the main one; the model's outputs are those of `config.tasks`, side by side.
+    """
 
     folder: RunFolder
     task: Task
@@ -145,12 +148,12 @@ def open_run(path: str | Path) -> Run:
         raise CheckpointError(f"{folder.best} is not the checkpoint of a temporal model ({header.get('kind')!r}).")
     try:
         config = PipelineConfig.model_validate(header["config"])
-        task = TASKS[config.task]
-        model = TemporalModel(header["embedding_dim"], len(task.outputs), config.temporal)
+        num_outputs = sum(len(task.outputs) for task in config.tasks)
+        model = TemporalModel(header["embedding_dim"], num_outputs, config.temporal)
     except (ValidationError, KeyError) as error:
         raise CheckpointError(f"{folder.best} was not written by this version of the program: {error}") from error
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{folder.best} does not fit the config it carries: {error}") from error
-    return Run(folder, task, config, model.eval(), header)
+    return Run(folder, TASKS[config.task], config, model.eval(), header)

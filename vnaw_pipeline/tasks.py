@@ -4,6 +4,8 @@ Formats: Aff-Wild2 as the ABAW challenges ship it. The spaces coarse5 and negati
 (Xue et al. 2022).
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +18,13 @@ ACTION_UNITS = ("AU1", "AU2", "AU4", "AU6", "AU7", "AU10", "AU12", "AU15", "AU23
 
 TaskName = Literal["expr8", "coarse5", "negative4", "va", "au"]
 ExpressionTask = Literal["expr8", "coarse5", "negative4"]
+TaskKind = Literal["classes", "affect", "units"]
+
+_METRICS: dict[TaskKind, tuple[str, str]] = {
+    "classes": ("macro_f1", "macro-F1"),
+    "affect": ("mean_ccc", "mean CCC"),
+    "units": ("mean_au_f1", "mean AU-F1"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +37,7 @@ class Task:
     """
 
     name: TaskName
-    kind: Literal["classes", "affect", "units"]
+    kind: TaskKind
     annotation_dirs: tuple[str, ...]
     header: tuple[str, ...]
     not_annotated: int
@@ -41,9 +50,29 @@ class Task:
         return ",".join(("image_location", *self.header))
 
     @property
-    def probability_columns(self) -> list[str]:
-        """Columns of the prediction table, `p_neutral` ... in the order of `outputs`."""
-        return [f"p_{name.lower()}" for name in self.outputs]
+    def prediction_columns(self) -> list[str]:
+        """Columns of the prediction table, in the order of `outputs`: `valence` and `arousal`, else `p_neutral` ..."""
+        return list(self.outputs) if self.kind == "affect" else [f"p_{name.lower()}" for name in self.outputs]
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """Shape of one frame's label in arrays."""
+        return () if self.kind == "classes" else (len(self.outputs),)
+
+    @property
+    def unlabelled(self) -> float:
+        """What stands for 'not annotated' in arrays: NaN for valence and arousal, else IGNORE_LABEL."""
+        return math.nan if self.kind == "affect" else IGNORE_LABEL
+
+    @property
+    def metric(self) -> str:
+        """Key of the task's main score; higher is better."""
+        return _METRICS[self.kind][0]
+
+    @property
+    def metric_title(self) -> str:
+        """The main score's name for readers."""
+        return _METRICS[self.kind][1]
 
 
 _EXPR_DIRS = ("EXPR_Recognition_Challenge", "EXPR_Classification_Challenge")
@@ -92,6 +121,17 @@ TASKS: dict[TaskName, Task] = {
         outputs=ACTION_UNITS,
     ),
 }
+
+
+def output_columns(tasks: Sequence[Task]) -> dict[TaskName, slice]:
+    """Where each task's outputs stand among those of all, which lie side by side in the order of the tasks."""
+    columns: dict[TaskName, slice] = {}
+    start = 0
+    for task in tasks:
+        columns[task.name] = slice(start, start + len(task.outputs))
+        start += len(task.outputs)
+    return columns
+
 
 SPLIT_DIRS = {"train": "Train_Set", "validation": "Validation_Set"}
 """Manifest split -> folder of the challenge's annotation tree. The test split has no annotations."""

@@ -1,6 +1,7 @@
 """A challenge's submission template: which frames of which test videos must be answered, and in which order."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,21 @@ def answer_fields(task: Task) -> int:
     return 1 if task.kind == "classes" else len(task.header)
 
 
+def template_task(path: Path, tasks: Sequence[Task]) -> Task:
+    """Which of the tasks a template is of, by its header.
+
+    Raises:
+        DataError: it is of another task, or no template.
+    """
+    lines, problems = read_lines(path)
+    header = lines[0] if lines else ""
+    for task in tasks:
+        if not _header_problems(header, [task]):
+            return task
+    problems = _header_problems(header, tasks) if lines else problems
+    raise DataError(listing([located(path, problem) for problem in problems]))
+
+
 def read_template(path: Path, task: Task) -> Template:
     """Read a template; the example answers in it are ignored.
 
@@ -40,7 +56,7 @@ def read_template(path: Path, task: Task) -> Template:
     lines, problems = read_lines(path)
     if not lines:
         raise DataError(listing([located(path, problem) for problem in problems]))
-    problems += _header_problems(lines[0], task)
+    problems += _header_problems(lines[0], [task])
     if not problems and len(lines) == 1:
         problems.append(LineProblem(None, "there is a header but no line to answer"))
     if problems:
@@ -51,15 +67,16 @@ def read_template(path: Path, task: Task) -> Template:
     return Template(lines[0], frames)
 
 
-def _header_problems(header: str, task: Task) -> list[LineProblem]:
-    expected = task.template_header
+def _header_problems(header: str, tasks: Sequence[Task]) -> list[LineProblem]:
     names = ",".join(name.strip() for name in header.split(","))
-    if names == expected:
+    if any(names == task.template_header for task in tasks):
         return []
     for other in TASKS.values():
         if names == other.template_header:
-            return [LineProblem(1, f"this is the template of task {other.name}; expected that of {task.name}")]
-    return [LineProblem(1, f"the header is {shortened(header)}; expected {expected!r}")]
+            expected = " or ".join(task.name for task in tasks)
+            return [LineProblem(1, f"this is the template of task {other.name}; expected that of {expected}")]
+    expected = " or ".join(repr(task.template_header) for task in tasks)
+    return [LineProblem(1, f"the header is {shortened(header)}; expected {expected}")]
 
 
 def _parse(lines: list[str], task: Task) -> tuple[pd.DataFrame, list[LineProblem]]:

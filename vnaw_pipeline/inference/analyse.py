@@ -147,6 +147,10 @@ def open_models(config: PipelineConfig, encoder: str | None, run: Run | None) ->
         CheckpointError: the run was trained on the features of another encoder; weights that cannot be read.
         ConfigError: neither a run nor a head of the encoder names expressions.
     """
+    if run is not None and run.task.kind != "classes":
+        raise ConfigError(
+            f"The main task of {run.folder.path} is '{run.task.name}'; give a run that names expressions."
+        )
     wanted: EncoderConfig = config.encoder
     if encoder is not None or "encoder" not in config.model_fields_set:
         wanted = encoder_of_weights(encoder or DEFAULT_ENCODER)

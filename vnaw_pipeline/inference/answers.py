@@ -14,7 +14,7 @@ from vnaw_pipeline.config import WindowConfig
 from vnaw_pipeline.features.bank import FeatureBank
 from vnaw_pipeline.inference.analyse import Models, Sightings, Spool
 from vnaw_pipeline.prediction.smooth import Probabilities, fill_gaps, smooth_mean
-from vnaw_pipeline.prediction.stitch import stitch_probabilities
+from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.report.figures import clock_time
 from vnaw_pipeline.runs import Run
 
@@ -126,8 +126,9 @@ def _temporal_probabilities(
         valid[places] = True
         bank = FeatureBank(["block"], embeddings, valid, torch.tensor([0, high - low]))
         batch = models.config.predict.batch_windows
-        stitched = stitch_probabilities(run.model, bank, len(models.outputs), run.config.windows, batch)
-        answers[start - first : stop - first] = stitched[start - low : stop - low].numpy()
+        stitched = stitch_predictions(run.model, bank, run.config.tasks, run.config.windows, batch)
+        expressions = stitched[start - low : stop - low, : len(models.outputs)]  # the main task's stand first
+        answers[start - first : stop - first] = expressions.numpy()
     return answers
 
 

@@ -1,12 +1,44 @@
-"""Objectives for action units. `B` frames; -1 is not annotated, unit by unit."""
+"""Objectives for action units. -1 is not annotated, unit by unit.
 
+Sums over the annotated units of frames and their number, so that a mean does not depend on how a batch is split.
+"""
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vnaw_pipeline.config import UnitsLossConfig
+from vnaw_pipeline.tasks import IGNORE_LABEL
 
-def units_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Mean binary cross-entropy over the units that are annotated, (B, U) twice -> a scalar; 0 if none is."""
-    used = truth >= 0
-    if not used.any():
-        return logits.sum() * 0
-    return F.binary_cross_entropy_with_logits(logits[used].float(), truth[used].float())
+_FOCAL_GAMMA = 2
+
+
+def units_loss(
+    logits: Tensor, truth: Tensor, config: UnitsLossConfig, class_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of the loss over what is annotated, and how many that is; 0 and 0 if nothing is.
+
+    `focal` is binary cross-entropy times (1 - p)^2, p the probability of the label (Lin et al. 2017), without their
+    alpha, whose place `class_weights` take.
+
+    Args:
+        logits, truth: (..., U); truth is 0, 1 or IGNORE_LABEL.
+        class_weights: (U, 2), weights of absent and present.
+    """
+    used = truth != IGNORE_LABEL
+    logits = logits[used].to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.binary_cross_entropy_with_logits(logits, truth[used].to(logits.dtype), reduction="none")
+    if config.objective == "focal":
+        losses = losses * (1 - (-losses).exp()) ** _FOCAL_GAMMA
+    if class_weights is not None:
+        losses = losses * torch.where(truth == 1, class_weights[:, 1], class_weights[:, 0])[used]
+    return losses.sum(), used.sum()
+
+
+def balanced_class_weights(truth: Tensor) -> Tensor:
+    """Weights (U, 2) with which the absent and the present frames of each unit (N, U) weigh alike, on average 1.
+
+    They are n / (2 n_c), as scikit-learn's `balanced`; of a unit that is only ever absent, or present, n / 2 n = .5.
+    """
+    counts = torch.stack([(truth == 0).sum(dim=0), (truth == 1).sum(dim=0)], dim=1).double()
+    return (counts.sum(dim=1, keepdim=True) / (2 * counts.clamp(min=1))).float()

@@ -1,10 +1,12 @@
 """Stage `predict`. Reads a run and a feature store, writes one row per frame; replaces its tables whole.
 
-Columns: `video_id, frame_index, valid, p_<class>...`. Every frame of every video has its row, also those without a face
+Columns: `video_id, frame_index, valid`, and those of every task of the run: `p_<class>...`, `valence, arousal`,
+`p_<unit>...`. Every frame of every video has its row, also those without a face
 and those of a video shorter than a window.
 """
 
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.manifests import read_manifest
 from vnaw_pipeline.prediction.smooth import fill_gaps, smooth_mean
-from vnaw_pipeline.prediction.stitch import stitch_probabilities
+from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.processes import process_state, sum_over_processes
 from vnaw_pipeline.provenance import atomic_path
 from vnaw_pipeline.runs import open_run
@@ -59,10 +61,10 @@ def predict_videos(
     windows = run.config.windows
     num_windows = len(plan_windows(bank.num_frames.cpu(), windows.window_frames, windows.predict_stride))
     with progress_bar("predict", num_windows // state.num_processes, "windows", state.is_main_process) as bar:
-        probabilities = stitch_probabilities(
+        predictions = stitch_predictions(
             run.model.to(state.device),
             bank,
-            len(run.task.outputs),
+            run.config.tasks,
             windows,
             config.batch_windows,
             process_index=state.process_index,
@@ -71,37 +73,40 @@ def predict_videos(
             bar=bar,
         )
     if state.is_main_process:
-        raw = probabilities.cpu().numpy()
-        shares = np.asarray(run.header["class_shares"], dtype=np.float32)
-        final = finish_probabilities(raw, bank, shares, config.smooth_half_width)
-        write_predictions(run.folder.raw_predictions(split), raw, bank, run.task)
-        write_predictions(run.folder.predictions(split), final, bank, run.task)
+        raw = predictions.cpu().numpy()
+        without_any = np.asarray(run.header["without_any"], dtype=np.float32)
+        final = finish_probabilities(raw, bank, without_any, config.smooth_half_width)
+        write_predictions(run.folder.raw_predictions(split), raw, bank, run.config.tasks)
+        write_predictions(run.folder.predictions(split), final, bank, run.config.tasks)
     state.wait_for_everyone()
     return StageReport("predict", done=len(video_ids), frames=bank.zero_row, seconds=time.monotonic() - started)
 
 
 def finish_probabilities(
-    raw: npt.NDArray[np.float32], bank: FeatureBank, class_shares: npt.NDArray[np.float32], smooth_half_width: int
+    raw: npt.NDArray[np.float32], bank: FeatureBank, without_any: npt.NDArray[np.float32], smooth_half_width: int
 ) -> npt.NDArray[np.float32]:
-    """Fill gaps and smooth, video by video; (N, K) -> (N, K)."""
+    """Fill gaps and smooth, video by video; (N, C) -> (N, C). A video without any face gets `without_any` (C,)."""
     valid = bank.valid.cpu().numpy()
     bounds = bank.first.tolist()
     finished = np.empty_like(raw)
     for start, stop in pairwise(bounds):
-        filled = fill_gaps(raw[start:stop], valid[start:stop], class_shares)
+        filled = fill_gaps(raw[start:stop], valid[start:stop], without_any)
         finished[start:stop] = smooth_mean(filled, smooth_half_width)
     return finished
 
 
-def write_predictions(path: Path, probabilities: npt.NDArray[np.float32], bank: FeatureBank, task: Task) -> None:
-    """Write probabilities (N, K) of a bank's frames as the prediction table."""
+def write_predictions(
+    path: Path, predictions: npt.NDArray[np.float32], bank: FeatureBank, tasks: Sequence[Task]
+) -> None:
+    """Write what the tasks predict (N, C) for a bank's frames as the prediction table."""
+    columns = [name for task in tasks for name in task.prediction_columns]
     counts = bank.num_frames.tolist()
     table = pd.DataFrame(
         {
             "video_id": pd.Categorical.from_codes(np.repeat(np.arange(len(counts)), counts), pd.Index(bank.video_ids)),
             "frame_index": np.concatenate([np.arange(count) for count in counts]),
             "valid": bank.valid[:-1].cpu().numpy(),
-            **{name: probabilities[:, column] for column, name in enumerate(task.probability_columns)},
+            **{name: predictions[:, column] for column, name in enumerate(columns)},
         }
     )
     with atomic_path(path) as partial:
@@ -109,10 +114,10 @@ def write_predictions(path: Path, probabilities: npt.NDArray[np.float32], bank: 
 
 
 def read_predictions(path: Path, task: Task) -> pd.DataFrame:
-    """Read a prediction table.
+    """Read a prediction table, whatever other tasks it holds too.
 
     Raises:
-        DataError: not there, not a Parquet table, or one of another task.
+        DataError: not there, not a Parquet table, or one without this task.
     """
     try:
         table = pd.read_parquet(path)
@@ -120,7 +125,7 @@ def read_predictions(path: Path, task: Task) -> pd.DataFrame:
         raise DataError(f"There are no predictions at {path}. Make them with `vnaw predict`.") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as a Parquet table: {error}") from error
-    if missing := [name for name in ("video_id", "frame_index", *task.probability_columns) if name not in table]:
+    if missing := [name for name in ("video_id", "frame_index", *task.prediction_columns) if name not in table]:
         raise DataError(
             f"{path} has no column {', '.join(missing)}: it holds no predictions of task '{task.name}' "
             f"(columns: {', '.join(map(str, table.columns))})."

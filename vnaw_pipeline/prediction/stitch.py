@@ -1,9 +1,9 @@
 """Window answers to frame answers: every frame once, overlapping windows averaged.
 
-`N` frames of a bank, `K` classes.
+`N` frames of a bank, `C` outputs of all tasks of a run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,19 +11,19 @@ from torch import Tensor
 from vnaw_pipeline.config import WindowConfig
 from vnaw_pipeline.features.bank import FeatureBank
 from vnaw_pipeline.stages import Bar
-from vnaw_pipeline.tasks import IGNORE_LABEL
+from vnaw_pipeline.tasks import Task, output_columns
 from vnaw_pipeline.windows.batches import gather_windows
 from vnaw_pipeline.windows.plan import plan_windows, window_rows
 
 Forward = Callable[[Tensor, Tensor], Tensor]
-"""Embeddings (B, P, D) and valid (B, P) -> logits (B, P, K)."""
+"""Embeddings (B, P, D) and valid (B, P) -> logits (B, P, C)."""
 
 
 @torch.inference_mode()
-def stitch_probabilities(
+def stitch_predictions(
     forward: Forward,
     bank: FeatureBank,
-    num_classes: int,
+    tasks: Sequence[Task],
     windows: WindowConfig,
     batch_windows: int,
     *,
@@ -32,7 +32,7 @@ def stitch_probabilities(
     reduce_sum: Callable[[Tensor], Tensor] = lambda total: total,
     bar: Bar | None = None,
 ) -> Tensor:
-    """Mean over windows of the class probabilities of every frame of the bank, float32 (N, K).
+    """Mean over windows of what `predictions_of` makes of every frame of the bank, float32 (N, C).
 
     Each process takes every `num_processes`-th window; `reduce_sum` adds up their tensors. Rows of frames that are
     not valid are what the model made of an empty place; fill them with `fill_gaps`.
@@ -40,17 +40,28 @@ def stitch_probabilities(
     plan = plan_windows(bank.num_frames.cpu(), windows.window_frames, windows.predict_stride)
     device = bank.embeddings.device
     rows = window_rows(plan, bank.first.cpu(), windows.window_frames, bank.zero_row)
-    unlabelled = torch.full((bank.zero_row + 1,), IGNORE_LABEL, device=device)
-    total = torch.zeros(bank.zero_row + 1, num_classes, device=device)
+    total = torch.zeros(bank.zero_row + 1, sum(len(task.outputs) for task in tasks), device=device)
     counts = torch.zeros(bank.zero_row + 1, device=device)
     mine = torch.arange(len(plan))[process_index::num_processes]
     for chosen in torch.split(mine, batch_windows):
-        batch = gather_windows(bank, unlabelled, rows[chosen], plan.video[chosen])
-        probabilities = forward(batch.embeddings, batch.valid).float().softmax(dim=-1)
+        batch = gather_windows(bank, {}, rows[chosen], plan.video[chosen])
+        predictions = predictions_of(forward(batch.embeddings, batch.valid).float(), tasks)
         flat = rows[chosen].flatten().to(device)
-        total.index_add_(0, flat, probabilities.flatten(0, 1))
+        total.index_add_(0, flat, predictions.flatten(0, 1))
         counts.index_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))
         if bar is not None:
             bar.advance(len(chosen))
     total, counts = reduce_sum(total), reduce_sum(counts)
     return total[:-1] / counts[:-1, None]
+
+
+def predictions_of(logits: Tensor, tasks: Sequence[Task]) -> Tensor:
+    """Class probabilities, valence and arousal in [-1, 1], probabilities of action units; (..., C) -> (..., C)."""
+    parts = []
+    for task, columns in zip(tasks, output_columns(tasks).values(), strict=True):
+        of_task = logits[..., columns]
+        if task.kind == "classes":
+            parts.append(of_task.softmax(dim=-1))
+        else:
+            parts.append(of_task.tanh() if task.kind == "affect" else of_task.sigmoid())
+    return torch.cat(parts, dim=-1)

@@ -4,6 +4,7 @@ Lines are written as plain text: the expression header names nine columns over r
 would quote or pad.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +13,39 @@ import pandas as pd
 
 from vnaw_pipeline.annotations import image_name
 from vnaw_pipeline.errors import DataError, listing
+from vnaw_pipeline.metrics import Thresholds
 from vnaw_pipeline.provenance import atomic_path
 from vnaw_pipeline.tasks import Task
 from vnaw_pipeline.template import Template, read_template
 
+_NUMBER = r"-?(0(\.\d+)?|1(\.0+)?)"
+_POSSIBLE = {
+    "classes": (re.compile(r"[0-7]"), "one of 0 to 7"),
+    "affect": (re.compile(f"{_NUMBER},{_NUMBER}"), "two numbers from -1 to 1"),
+    "units": (re.compile(r"[01](,[01]){11}"), "twelve 0 or 1"),
+}
+"""What may stand after an image."""
 
-def write_submission(predictions: pd.DataFrame, template: Path, out: Path, task: Task) -> int:
-    """Answer every line of an expression template with the most probable class; the number of lines written.
 
-    `predictions` has `video_id`, `frame_index` and the task's probability columns; frames that the template does
-    not ask for are left out. The file is read back and compared before it takes its name.
+def write_submission(
+    predictions: pd.DataFrame, template: Path, out: Path, task: Task, thresholds: Thresholds = 0.5
+) -> int:
+    """Answer every line of a template; the number of lines written.
+
+    An answer is the most probable class; or valence and arousal, clipped to [-1, 1], to four decimals; or which action
+    units reach their `thresholds`. `predictions` has `video_id`, `frame_index` and the task's columns; frames that the
+    template does not ask for are left out. The file is read back and compared before it takes its name.
 
     Raises:
-        DataError: a task without expression submission, an unusable template, a frame asked for that has no or
-            several predictions or a probability that is no number; every such video is named, up to a limit.
+        DataError: a task without submission, an unusable template, a frame asked for that has no or several
+            predictions or one that is no number; every such video is named, up to a limit.
     """
-    if task.name != "expr8":
-        raise DataError(f"A submission of task {task.name} cannot be written; only expr8 predictions can be submitted.")
+    if task.from_expr8 is not None:
+        raise DataError(f"A submission of task {task.name} cannot be written; expr8, va and au can be submitted.")
     asked = read_template(template, task)
-    answers = _answers(predictions, asked, task)
-    lines = [asked.header, *_answer_lines(asked.frames, answers)]
+    answers = _answers(_asked_predictions(predictions, asked, task), task, thresholds)
+    images = _image_locations(asked.frames)
+    lines = [asked.header, *(f"{image},{answer}" for image, answer in zip(images, answers, strict=True))]
     with atomic_path(out) as partial:
         partial.write_bytes(("\n".join(lines) + "\n").encode())
         _verify(partial, asked, task)
@@ -39,7 +53,7 @@ def write_submission(predictions: pd.DataFrame, template: Path, out: Path, task:
 
 
 def verify_submission(path: Path, template: Path, task: Task) -> int:
-    """Check that a submission answers its template line for line with class numbers; the number of lines.
+    """Check that a submission answers its template line for line with what the task allows; the number of lines.
 
     Raises:
         DataError: the first line that differs, and what was expected there.
@@ -53,18 +67,28 @@ def _verify(path: Path, asked: Template, task: Task) -> int:
         raise DataError(f"{path}:1: the header is {lines[0]!r}; the template has {asked.header!r}.")
     if len(lines) != len(asked.frames) + 2 or lines[-1] != "":
         raise DataError(f"{path} has {len(lines) - 2} answers; the template asks for {len(asked.frames)}.")
-    possible = {str(code) for code in range(len(task.header))}
+    possible, expected = _POSSIBLE[task.kind]
     images = _image_locations(asked.frames)
     for number, (line, image) in enumerate(zip(lines[1:-1], images, strict=True), start=2):
         location, _, answer = line.partition(",")
-        if location != image or answer not in possible:
-            raise DataError(f"{path}:{number}: {line!r} does not answer {image} with one of 0 to {len(possible) - 1}.")
+        if location != image or not possible.fullmatch(answer):
+            raise DataError(f"{path}:{number}: {line!r} does not answer {image} with {expected}.")
     return len(asked.frames)
 
 
-def _answers(predictions: pd.DataFrame, asked: Template, task: Task) -> npt.NDArray[np.int64]:
-    """Class per template line, (lines,)."""
-    columns = ["video_id", "frame_index", *task.probability_columns]
+def _answers(predicted: npt.NDArray[np.float64], task: Task, thresholds: Thresholds) -> list[str]:
+    """What stands after the image on each line, from the task's columns (lines, outputs)."""
+    if task.kind == "classes":
+        return [str(code) for code in predicted.argmax(axis=1).tolist()]
+    if task.kind == "units":
+        return [",".join(row) for row in np.where(predicted >= thresholds, "1", "0").tolist()]
+    # Of four decimals, repr never makes an exponent; adding 0 turns -0.0 into 0.0.
+    return [f"{valence!r},{arousal!r}" for valence, arousal in (predicted.clip(-1, 1).round(4) + 0.0).tolist()]
+
+
+def _asked_predictions(predictions: pd.DataFrame, asked: Template, task: Task) -> npt.NDArray[np.float64]:
+    """The task's columns per template line, (lines, outputs)."""
+    columns = ["video_id", "frame_index", *task.prediction_columns]
     absent = [column for column in columns if column not in predictions]
     if absent:
         raise DataError(f"The predictions lack the column(s) {', '.join(absent)}; are they of task {task.name}?")
@@ -77,15 +101,11 @@ def _answers(predictions: pd.DataFrame, asked: Template, task: Task) -> npt.NDAr
     unanswered = joined[joined["_merge"] == "left_only"]
     if len(unanswered):
         raise DataError(_by_video(unanswered, "lines of the template have no prediction"))
-    probabilities = joined[task.probability_columns].to_numpy(dtype=np.float64)
-    undefined = joined[~np.isfinite(probabilities).all(axis=1)]
+    predicted: npt.NDArray[np.float64] = joined[task.prediction_columns].to_numpy(dtype=np.float64)
+    undefined = joined.iloc[np.flatnonzero(~np.isfinite(predicted).all(axis=1))]
     if len(undefined):
-        raise DataError(_by_video(undefined, "predictions hold a probability that is not a number"))
-    return np.asarray(probabilities.argmax(axis=1), dtype=np.int64)
-
-
-def _answer_lines(frames: pd.DataFrame, answers: npt.NDArray[np.int64]) -> list[str]:
-    return [f"{image},{answer}" for image, answer in zip(_image_locations(frames), answers.tolist(), strict=True)]
+        raise DataError(_by_video(undefined, "predictions hold a value that is not a number"))
+    return predicted
 
 
 def _image_locations(frames: pd.DataFrame) -> list[str]:

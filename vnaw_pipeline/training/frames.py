@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vnaw_pipeline.annotations import Labels, read_annotation
-from vnaw_pipeline.config import FinetuneConfig, PipelineConfig
+from vnaw_pipeline.annotations import Labels
+from vnaw_pipeline.config import FinetuneConfig, PipelineConfig, UnitsLossConfig
 from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_listed_crops
-from vnaw_pipeline.errors import DataError
+from vnaw_pipeline.errors import ConfigError, DataError
 from vnaw_pipeline.features.encoder import Preprocessing, build_encoder, parameter_groups
-from vnaw_pipeline.layouts import find_annotations
 from vnaw_pipeline.losses.affect import affect_loss
 from vnaw_pipeline.losses.units import units_loss
 from vnaw_pipeline.manifests import read_labels, read_manifest
@@ -71,7 +70,8 @@ class LabelledFrames:
         extra_tasks: Sequence[TaskName],
     ) -> None:
         labels = read_labels(videos, annotations_dir, task)
-        extras = {name: _labels_by_video(videos, annotations_dir, TASKS[name]) for name in extra_tasks}
+        videos = videos[videos.video_id.isin(labels)]
+        extras = {name: read_labels(videos, annotations_dir, TASKS[name]) for name in extra_tasks}
         self._crops: list[VideoCrops] = []
         self._video_ids: list[str] = []
         self.failures: list[Failure] = []
@@ -142,12 +142,18 @@ def finetune_encoder(
     """Fine-tune the encoder with a linear head on class-balanced draws of labelled training frames.
 
     Raises:
-        ConfigError, CheckpointError: as `load_encoder`; the folder holds another run.
+        ConfigError: a main task without classes, of which frames are drawn; as `load_encoder`.
+        CheckpointError: as `load_encoder`; the folder holds another run.
         DataError: no labelled frames, crops that are not there.
     """
     started = time.monotonic()
     state = process_state()
     task = TASKS[config.task]
+    if task.kind != "classes":
+        raise ConfigError(
+            f"The encoder is fine-tuned on expressions, and task '{task.name}' has none; set task=expr8, and "
+            "finetune.valence_arousal_weight or finetune.action_units_weight to learn the others beside them."
+        )
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
     extra_tasks = [name for name, weight in _extra_weights(config.finetune).items() if weight]
     num_outputs = len(task.outputs) + sum(len(TASKS[name].outputs) for name in extra_tasks)
@@ -222,7 +228,7 @@ def _labelled_frames(
     preprocessing: Preprocessing,
     extra_tasks: Sequence[TaskName],
 ) -> LabelledFrames:
-    videos = videos[(videos.split == split) & (videos.annotation != "")]
+    videos = videos[videos.split == split]
     frames = None
     if len(videos):
         frames = LabelledFrames(videos, annotations_dir, crops_root, task, preprocessing, extra_tasks)
@@ -252,20 +258,9 @@ def _extra_weights(settings: FinetuneConfig) -> dict[TaskName, float]:
     return {"va": settings.valence_arousal_weight, "au": settings.action_units_weight}
 
 
-def _labels_by_video(videos: pd.DataFrame, annotations_dir: Path, task: Task) -> dict[str, Labels]:
-    """Another task's labels of the videos that it has in the same split."""
-    wanted = set(zip(videos.split, videos.video_id, strict=True))
-    found = [file for file in find_annotations(annotations_dir, task) if (file.split, file.video_id) in wanted]
-    return {file.video_id: read_annotation(annotations_dir / file.path, task) for file in found}
-
-
 def _rows_at(labels: Labels | None, frames: npt.NDArray[np.int64], nothing: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The labels (T, C) of some frames; frames beyond the last row, or of no labels at all, have `nothing` (C,)."""
-    rows = np.tile(nothing, (len(frames), 1))
-    if labels is not None:
-        known = frames < len(labels)
-        rows[known] = labels[frames[known]]
-    return rows
+    """The labels (T, C) of some frames; those of no labels at all have `nothing` (C,)."""
+    return np.tile(nothing, (len(frames), 1)) if labels is None else labels[frames]
 
 
 def _objective(
@@ -288,7 +283,8 @@ def _objective(
         predicted, extra = extra[:, :2].tanh(), extra[:, 2:]
         total = total + settings.valence_arousal_weight * count * affect_loss(predicted, batch.affect)
     if settings.action_units_weight:
-        total = total + settings.action_units_weight * count * units_loss(extra, batch.units)
+        of_units, num_units = units_loss(extra, batch.units, UnitsLossConfig())
+        total = total + settings.action_units_weight * count * of_units / num_units.clamp(min=1)
     return total, count
 
 

@@ -29,7 +29,7 @@ from vnaw_pipeline.stages import progress_bar
 
 Batch = TypeVar("Batch")
 SCORE = "macro_f1"
-"""The metric that chooses the best epoch; higher is better."""
+"""The metric that chooses the best epoch where a recipe names no other."""
 _MODEL, _AVERAGE, _OPTIMISER, _MEMORY = "model.", "average.", "optimiser.", "memory."
 
 
@@ -56,9 +56,9 @@ class Recipe(Generic[Batch]):
     `steps(epoch)` gives this process's share of each optimiser step of an epoch, as a list of batches that are run one
     after the other; every process gets as many steps and batches as the others. It is seeded by the epoch alone.
     `objective(model, batch, progress)` is the loss summed over the batch's units and their number, so that a step's
-    gradient is the mean over its units, however they are split. `evaluate(model)` scores an epoch; `macro_f1` in it
-    chooses the best one. `header` describes the model in its checkpoints. `memory` are tensors that the objective
-    changes from step to step; they go into the last checkpoint with the optimiser. `parameter_groups` are the
+    gradient is the mean over its units, however they are split. `evaluate(model)` scores an epoch; `score` in it
+    chooses the best one, the higher the better. `header` describes the model in its checkpoints. `memory` are tensors
+    that the objective changes from step to step; they go into the last checkpoint. `parameter_groups` are the
     optimiser's, each with its own `lr_scale`; None: all parameters alike. A module whose parameters all lost their
     gradient stays in eval mode, so that its running statistics stay too.
     """
@@ -71,6 +71,7 @@ class Recipe(Generic[Batch]):
     label: str
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     parameter_groups: list[dict[str, Any]] | None = None
+    score: str = SCORE
 
 
 @dataclass
@@ -140,7 +141,7 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
             if accelerator.is_main_process:
                 tensors = _training_state(recipe, accelerator.unwrap_model(model), optimiser, average)
                 _save(folder, recipe, kept.state_dict(), tensors, progress, accelerator.scaler)
-            progress.best_score = max(progress.best_score, scores[SCORE])
+            progress.best_score = max(progress.best_score, scores[recipe.score])
             accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.write_metrics(progress.history)
@@ -268,13 +269,13 @@ def _save(
     scaler: Any,
 ) -> None:
     row = progress.history[-1]
-    if row[SCORE] > progress.best_score:
-        save_tensors(folder.best, kept, {**recipe.header, "epoch": row["epoch"], SCORE: row[SCORE]})
+    if row[recipe.score] > progress.best_score:
+        save_tensors(folder.best, kept, {**recipe.header, "epoch": row["epoch"], recipe.score: row[recipe.score]})
     header = {
         **recipe.header,
         "epochs_done": progress.epochs_done,
         "history": progress.history,
-        "best_score": max(progress.best_score, row[SCORE]),
+        "best_score": max(progress.best_score, row[recipe.score]),
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
     save_tensors(folder.last, tensors, header)

@@ -2,32 +2,32 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from vnaw_pipeline.config import PipelineConfig
 from vnaw_pipeline.errors import DataError
-from vnaw_pipeline.features.bank import FeatureBank, open_bank
-from vnaw_pipeline.features.store import FeatureStore, open_store
+from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.folds import fold_split
-from vnaw_pipeline.losses.expression import expression_loss
-from vnaw_pipeline.manifests import read_labels, read_manifest
-from vnaw_pipeline.metrics import expression_scores
+from vnaw_pipeline.losses.joint import count_units, joint_loss
+from vnaw_pipeline.losses.units import balanced_class_weights
+from vnaw_pipeline.manifests import read_manifest
+from vnaw_pipeline.metrics import score_predictions
 from vnaw_pipeline.prediction.predict import finish_probabilities
-from vnaw_pipeline.prediction.stitch import stitch_probabilities
+from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.processes import process_state, sum_over_processes
-from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import StageReport
-from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, Task
+from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, output_columns
 from vnaw_pipeline.temporal import TemporalModel
-from vnaw_pipeline.training.loop import SCORE, Optimisation, Recipe, fit, seed_of, split_step
+from vnaw_pipeline.training.labels import LabelledBank, open_labelled_bank
+from vnaw_pipeline.training.loop import Optimisation, Recipe, fit, seed_of, split_step
 from vnaw_pipeline.windows.augment import channel_mask, skip_frames
 from vnaw_pipeline.windows.batches import WindowBatch, gather_windows
 from vnaw_pipeline.windows.plan import (
@@ -39,24 +39,8 @@ from vnaw_pipeline.windows.plan import (
     window_rows,
 )
 
-_SECTIONS = {"task", "seed", "windows", "temporal", "loss", "train", "predict"}
+_SECTIONS = {"task", "further_tasks", "seed", "windows", "temporal", "loss", "units_loss", "train", "predict"}
 """What this stage reads of the config; the rest may change between a run and its continuation."""
-
-
-@dataclass(frozen=True)
-class LabelledBank:
-    """A bank and the label of each of its rows, int64 (N + 1,), on the bank's device."""
-
-    bank: FeatureBank
-    row_labels: Tensor
-
-    def digest(self) -> str:
-        """What tells this set of videos and labels from another."""
-        return digest_bytes(",".join(self.bank.video_ids).encode(), self.row_labels.cpu().numpy().tobytes())
-
-    def learnable(self) -> "LabelledBank":
-        """The same without labels on frames that have no embedding: those are scored, but nothing is learnt there."""
-        return LabelledBank(self.bank, self.row_labels.masked_fill(~self.bank.valid, IGNORE_LABEL))
 
 
 def train_windows(
@@ -69,7 +53,8 @@ def train_windows(
     fold: int | None = None,
     overwrite: bool = False,
 ) -> StageReport:
-    """Train the temporal model on the training videos; every epoch scores every labelled validation frame once.
+    """Train the temporal model on the training videos; every epoch scores every labelled validation frame once, for
+    each task. The labels of a task are found as `read_labels` finds them.
 
     With `fold`, the manifest's fold of that number is validation and the rest of its labelled videos training.
 
@@ -81,11 +66,11 @@ def train_windows(
     state = process_state()
     task = TASKS[config.task]
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
-    if fold is not None:
-        videos = fold_split(videos, fold)
+    split_of = videos.split if fold is None else fold_split(videos, fold).split
     store = open_store(store_path)
     train, validation = (
-        _labelled_bank(videos[videos.split == split], annotations_dir, store, task, split)
+        # With their official splits still, by which the labels of a task are found.
+        open_labelled_bank(videos[split_of == split], annotations_dir, store, config.tasks, split)
         for split in ("train", "validation")
     )
     train = train.learnable()
@@ -94,30 +79,33 @@ def train_windows(
         folder.begin(config, _SECTIONS, overwrite)
     state.wait_for_everyone()
 
-    plan = training_plan(train, config, task)
+    plan = training_plan(train, config)
     per_epoch = config.train.windows_per_epoch or len(plan)
-    class_shares = _class_shares(train.row_labels, len(task.outputs))
+    outputs = [name for each in config.tasks for name in each.outputs]
+    without_any = train.means()
     header = {
         "kind": "temporal",
         "task": task.name,
-        "outputs": list(task.outputs),
+        "outputs": outputs,
         "embedding_dim": store.embedding_dim,
         "features": store.fingerprint,
         "config": config.model_dump(mode="json", include=_SECTIONS),
         "labels": {"train": train.digest(), "validation": validation.digest()},
         "fold": fold,
-        "class_shares": class_shares,
+        "without_any": without_any,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = TemporalModel(store.embedding_dim, len(task.outputs), config.temporal)
+        model = TemporalModel(store.embedding_dim, len(outputs), config.temporal)
+    balanced_units = "au" in train.labels and config.units_loss.weighting == "balanced"
     recipe = Recipe(
         model=model,
-        steps=partial(_epoch_steps, train, plan, config, task, per_epoch),
-        objective=partial(_objective, config),
-        evaluate=partial(_evaluate, validation, config, task, class_shares),
+        steps=partial(_epoch_steps, train, plan, config, per_epoch),
+        objective=partial(_objective, config, balanced_class_weights(train.labels["au"]) if balanced_units else None),
+        evaluate=partial(_evaluate, validation, config, np.array(without_any, np.float32)),
         header=header,
         label="train",
+        score=task.metric,
     )
     optimisation = Optimisation(
         epochs=config.train.epochs,
@@ -132,7 +120,7 @@ def train_windows(
     )
     before = folder.epochs_done()
     history = fit(recipe, optimisation, folder)
-    best = max(history, key=lambda row: row[SCORE])
+    best = max(history, key=lambda row: row[task.metric])
     seconds = time.monotonic() - started
     if state.is_main_process:
         folder.write_record(
@@ -141,10 +129,12 @@ def train_windows(
             processes=state.num_processes,
             seed=config.seed,
             features=store.fingerprint,
-            videos={split: int((videos.split == split).sum()) for split in ("train", "validation")},
+            videos={"train": len(train.bank.video_ids), "validation": len(validation.bank.video_ids)},
             windows=len(plan),
             seconds=round(seconds, 1),
-            tuned={"epoch": f"best macro-F1 on the given labels of the validation videos, epoch {best['epoch']}"},
+            tuned={
+                "epoch": f"best {task.metric_title} on the given labels of the validation videos, epoch {best['epoch']}"
+            },
         )
     return StageReport(
         "train",
@@ -152,12 +142,12 @@ def train_windows(
         done=len(history) - before,
         skipped=before,
         seconds=seconds,
-        notes=[f"best macro-F1 {100 * best[SCORE]:.2f} on validation, in epoch {best['epoch']}"],
+        notes=[f"best {task.metric_title} {100 * best[task.metric]:.2f} on validation, in epoch {best['epoch']}"],
     )
 
 
-def training_plan(train: LabelledBank, config: PipelineConfig, task: Task) -> WindowPlan:
-    """Windows of the training videos with enough labelled frames.
+def training_plan(train: LabelledBank, config: PipelineConfig) -> WindowPlan:
+    """Windows of the training videos with enough frames that are labelled for any task.
 
     Raises:
         DataError: there is none.
@@ -165,47 +155,31 @@ def training_plan(train: LabelledBank, config: PipelineConfig, task: Task) -> Wi
     windows = config.windows
     plan = plan_windows(train.bank.num_frames.cpu(), windows.window_frames, windows.train_stride)
     rows = window_rows(plan, train.bank.first.cpu(), windows.window_frames, train.bank.zero_row)
-    share = labelled_share(train.row_labels.cpu()[rows], rows != train.bank.zero_row)
+    share = labelled_share(train.any_label().cpu()[rows], rows != train.bank.zero_row)
     plan = plan.select(share >= config.loss.min_labelled)
     if len(plan) == 0:
         raise DataError(
             f"No training window of {windows.window_frames} frames has {config.loss.min_labelled:.0%} of its frames "
-            f"labelled for task '{task.name}'. Lower loss.min_labelled, or check the annotations with `vnaw check`."
+            f"labelled for task {' or '.join(map(repr, train.labels))}. Lower loss.min_labelled, or check the "
+            "annotations with `vnaw check`."
         )
     return plan
 
 
-def _labelled_bank(
-    videos: pd.DataFrame, annotations_dir: Path, store: FeatureStore, task: Task, split: str
-) -> LabelledBank:
-    """Bank and labels of a split's videos."""
-    videos = videos[videos.annotation != ""]
-    if videos.empty:
-        raise DataError(f"The manifest has no annotated videos in split '{split}'.")
-    state = process_state()
-    labels = read_labels(videos, annotations_dir, task)
-    bank = open_bank(store, list(videos.video_id), shown=state.is_main_process)
-    rows = np.concatenate([*(labels[video_id] for video_id in bank.video_ids), [IGNORE_LABEL]]).astype(np.int64)
-    if (rows == IGNORE_LABEL).all():
-        raise DataError(f"No frame of the split '{split}' has a label for task '{task.name}'.")
-    return LabelledBank(bank.to(state.device), torch.from_numpy(rows).to(state.device))
-
-
-def _class_shares(row_labels: Tensor, num_classes: int) -> list[float]:
-    counts = torch.bincount(row_labels[row_labels != IGNORE_LABEL], minlength=num_classes).double()
-    return [round(share, 6) for share in (counts / counts.sum()).tolist()]
-
-
 def _epoch_steps(
-    train: LabelledBank, plan: WindowPlan, config: PipelineConfig, task: Task, per_epoch: int, epoch: int
+    train: LabelledBank, plan: WindowPlan, config: PipelineConfig, per_epoch: int, epoch: int
 ) -> Iterator[list[WindowBatch]]:
     """This process's batches of an epoch. Every process draws all windows alike and augments its own share."""
     state = process_state()
     generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
-    row_labels, first = train.row_labels.cpu(), train.bank.first.cpu()
+    any_label, first = train.any_label().cpu(), train.bank.first.cpu()
+    row_labels = {name: of_task.cpu() for name, of_task in train.labels.items()}
     if config.train.sampling == "balanced":
         rows = window_rows(plan, first, config.windows.window_frames, train.bank.zero_row)
-        weights = balanced_weights(window_labels(row_labels[rows], len(task.outputs)), len(task.outputs))
+        num_classes = len(TASKS[config.task].outputs)
+        labels = window_labels(row_labels[config.task][rows], num_classes)
+        weights = balanced_weights(labels, num_classes)
+        weights = torch.where(labels == IGNORE_LABEL, weights[labels != IGNORE_LABEL].mean(), weights)
         drawn = torch.multinomial(weights, per_epoch, replacement=True, generator=generator)
     else:
         repeats = -(-per_epoch // len(plan))
@@ -213,41 +187,46 @@ def _epoch_steps(
     for step, of_step in enumerate(drawn.tensor_split(-(-per_epoch // config.train.batch_windows))):
         augmentation = torch.Generator().manual_seed(seed_of(config.seed, epoch, step))
         rows = skip_frames(
-            plan.select(of_step), first, row_labels, config.windows.window_frames, config.windows.skip, augmentation
+            plan.select(of_step), first, any_label, config.windows.window_frames, config.windows.skip, augmentation
         )
         keep = channel_mask(len(of_step), train.bank.embedding_dim, config.windows.erase_share, augmentation)
+        step_units = {each.name: count_units(each, row_labels[each.name][rows], config) for each in config.tasks}
         batches = []
         parts = split_step(
             torch.arange(len(of_step)), state.process_index, state.num_processes, config.train.accumulation
         )
         for part in parts:
-            batch = gather_windows(train.bank, train.row_labels, rows[part], plan.video[of_step[part]])
-            batches.append(batch._replace(embeddings=batch.embeddings * keep[part][:, None].to(batch.embeddings)))
+            batch = gather_windows(train.bank, train.labels, rows[part], plan.video[of_step[part]])
+            erased = batch.embeddings * keep[part][:, None].to(batch.embeddings)
+            batches.append(batch._replace(embeddings=erased, step_units=step_units))
         yield batches
 
 
-def _objective(config: PipelineConfig, model: nn.Module, batch: WindowBatch, progress: float) -> tuple[Tensor, Tensor]:
+def _objective(
+    config: PipelineConfig, unit_weights: Tensor | None, model: nn.Module, batch: WindowBatch, progress: float
+) -> tuple[Tensor, Tensor]:
     logits = model(batch.embeddings, batch.valid)
-    return expression_loss(logits, batch.labels, batch.valid, config.loss, progress)
+    return joint_loss(logits, batch.labels, batch.valid, config, progress, batch.step_units, unit_weights)
 
 
 def _evaluate(
-    validation: LabelledBank, config: PipelineConfig, task: Task, class_shares: list[float], model: nn.Module
+    validation: LabelledBank, config: PipelineConfig, without_any: npt.NDArray[np.float32], model: nn.Module
 ) -> dict[str, float]:
-    """Score every labelled validation frame once, finished as predictions are (gaps filled, smoothed)."""
+    """Score every labelled validation frame once for each task, finished as predictions are (gaps filled, smoothed)."""
     state = process_state()
-    raw = stitch_probabilities(
+    raw = stitch_predictions(
         model,
         validation.bank,
-        len(task.outputs),
+        config.tasks,
         config.windows,
         config.predict.batch_windows,
         process_index=state.process_index,
         num_processes=state.num_processes,
         reduce_sum=sum_over_processes,
     )
-    shares = np.asarray(class_shares, dtype=np.float32)
-    final = finish_probabilities(raw.cpu().numpy(), validation.bank, shares, config.predict.smooth_half_width)
-    labels = validation.row_labels[:-1].cpu().numpy()
-    scores = expression_scores(labels, final.argmax(axis=1).astype(np.int64), len(task.outputs))
-    return {SCORE: scores.macro_f1, "accuracy": scores.accuracy}
+    final = finish_probabilities(raw.cpu().numpy(), validation.bank, without_any, config.predict.smooth_half_width)
+    figures: dict[str, float] = {}
+    for name, columns in output_columns(config.tasks).items():
+        labels = validation.labels[name][:-1].cpu().numpy()
+        figures |= score_predictions(TASKS[name], labels, final[:, columns]).figures
+    return figures
