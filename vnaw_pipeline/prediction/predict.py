@@ -17,7 +17,7 @@ from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.manifests import read_manifest
-from vnaw_pipeline.prediction.smooth import fill_gaps, smooth_mean
+from vnaw_pipeline.prediction.finish import finish_video
 from vnaw_pipeline.prediction.stitch import stitch_probabilities
 from vnaw_pipeline.processes import process_state, sum_over_processes
 from vnaw_pipeline.provenance import atomic_path
@@ -38,7 +38,8 @@ def predict_videos(
 
     `config` None: that of the run.
 
-    Writes `<run>/predictions/<split>_raw.parquet` (as the model says) and `<split>.parquet` (gaps filled, smoothed).
+    Writes `<run>/predictions/<split>_raw.parquet` (as the model says) and `<split>.parquet` (gaps filled, smoothed,
+    biased, as `config` has it).
 
     Raises:
         CheckpointError: the run was trained on other features. StoreError: videos missing from the store.
@@ -73,7 +74,7 @@ def predict_videos(
     if state.is_main_process:
         raw = probabilities.cpu().numpy()
         shares = np.asarray(run.header["class_shares"], dtype=np.float32)
-        final = finish_probabilities(raw, bank, shares, config.smooth_half_width)
+        final = finish_probabilities(raw, bank, shares, config, run.task)
         write_predictions(run.folder.raw_predictions(split), raw, bank, run.task)
         write_predictions(run.folder.predictions(split), final, bank, run.task)
     state.wait_for_everyone()
@@ -81,15 +82,18 @@ def predict_videos(
 
 
 def finish_probabilities(
-    raw: npt.NDArray[np.float32], bank: FeatureBank, class_shares: npt.NDArray[np.float32], smooth_half_width: int
+    raw: npt.NDArray[np.float32],
+    bank: FeatureBank,
+    class_shares: npt.NDArray[np.float32],
+    config: PredictConfig,
+    task: Task,
 ) -> npt.NDArray[np.float32]:
-    """Fill gaps and smooth, video by video; (N, K) -> (N, K)."""
+    """Final answers of a bank's frames, video by video; (N, K) -> (N, K)."""
     valid = bank.valid.cpu().numpy()
     bounds = bank.first.tolist()
     finished = np.empty_like(raw)
     for start, stop in pairwise(bounds):
-        filled = fill_gaps(raw[start:stop], valid[start:stop], class_shares)
-        finished[start:stop] = smooth_mean(filled, smooth_half_width)
+        finished[start:stop] = finish_video(raw[start:stop], valid[start:stop], class_shares, config, task.kind)
     return finished
 
 

@@ -247,7 +247,7 @@ def _evaluate(
         reduce_sum=sum_over_processes,
     )
     shares = np.asarray(class_shares, dtype=np.float32)
-    final = finish_probabilities(raw.cpu().numpy(), validation.bank, shares, config.predict.smooth_half_width)
+    final = finish_probabilities(raw.cpu().numpy(), validation.bank, shares, config.predict, task)
     labels = validation.row_labels[:-1].cpu().numpy()
     scores = expression_scores(labels, final.argmax(axis=1).astype(np.int64), len(task.outputs))
     return {SCORE: scores.macro_f1, "accuracy": scores.accuracy}
