@@ -52,8 +52,12 @@ FROZEN_OPTIONS = {
     },
     "extract": {"--manifest", "--crops", "--store", "--config", "--set", "--allow-pickle"},
     "train": {"--manifest", "--annotations", "--store", "--run-dir", "--config", "--set", "--fold", "--overwrite"},
-    "predict": {"--manifest", "--store", "--run-dir", "--split", "--set"},
+    "predict": {"--manifest", "--store", "--run-dir", "--split", "--set", "--tuned"},
+    "tune": {"--manifest", "--annotations", "--run-dir", "--split"},
+    "combine": {"--run-dir", "--how", "--out", "--split", "--tuned"},
     "evaluate": {"--manifest", "--annotations", "--run-dir", "--encoder", "--faces", "--split", "--json"},
+    "crossval": {"--manifest", "--annotations", "--store", "--out", "--config", "--set"},
+    "ablate": {"--manifest", "--annotations", "--store", "--out", "--seed", "--config", "--set"},
     "submit": {"--run-dir", "--template", "--out", "--split"},
     "infer": {"--out", "--encoder", "--run-dir", "--camera", "--config", "--set"},
 }

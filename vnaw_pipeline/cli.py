@@ -37,8 +37,10 @@ ConfigFile = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override one value: section.key=value. Repeatable.")
 ]
+ExperimentOut = Annotated[Path, typer.Option(help="Folder for the runs and the table.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start afresh instead of going on.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read encoder.weights from a .pth file.")]
+Tuned = Annotated[bool, typer.Option("--tuned", help="Finish the answers as the run's `vnaw tune` found best.")]
 Split = Literal["train", "validation", "test"]
 TaskOption = Annotated[Literal["expr8", "coarse5", "negative4", "va", "au"], typer.Option(help="Label space.")]
 
@@ -216,14 +218,50 @@ def predict(
     run: Run,
     split: Annotated[Split, typer.Option(help="Split to predict.")] = "validation",
     overrides: Overrides = None,
+    tuned: Tuned = False,
 ) -> None:
     """Write one row per frame of every video of a split into the run folder."""
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.prediction.predict import predict_videos
+    from vnaw_pipeline.prediction.tables import open_predicted
     from vnaw_pipeline.runs import RunFolder
 
     config = load_config(RunFolder(run).config, overrides).predict if overrides else None
+    if tuned:
+        config = open_predicted(run).tuned(config)
     _finish(predict_videos(manifest, store, run, split, config))
+
+
+@app.command()
+def tune(
+    manifest: Manifest,
+    annotations: Annotations,
+    run: Run,
+    split: Annotated[Split, typer.Option(help="Split to tune on; validation only.")] = "validation",
+) -> None:
+    """Tune smoothing, class bias and thresholds on a run's validation predictions; `--tuned` then uses them."""
+    from vnaw_pipeline.prediction.tune import tune_run
+
+    _only_alone("tune")
+    _finish(tune_run(manifest, annotations, run, split))
+
+
+@app.command()
+def combine(
+    runs: Annotated[list[Path], typer.Option("--run-dir", help="Run folder of a member. Repeatable.")],
+    how: Annotated[
+        Literal["mean", "hard", "soft"],
+        typer.Option(help="Mean of runs of one task, or a cascade of a coarse5 and a negative4 run."),
+    ],
+    out: Annotated[Path, typer.Option(help="Run folder of the composed run.")],
+    split: Annotated[Split, typer.Option(help="Split that the members predicted.")] = "validation",
+    tuned: Tuned = False,
+) -> None:
+    """Combine what several runs predicted into one run, as an ensemble or a cascade."""
+    from vnaw_pipeline.prediction.combine import combine_runs
+
+    _only_alone("combine")
+    _finish(combine_runs(runs, how, out, split, tuned=tuned))
 
 
 @app.command()
@@ -242,8 +280,8 @@ def evaluate(
     head on static faces (--encoder, --faces)."""
     from vnaw_pipeline.manifests import read_manifest
     from vnaw_pipeline.prediction.evaluate import evaluate_predictions, format_scores, scores_as_json
+    from vnaw_pipeline.prediction.tables import open_predicted
     from vnaw_pipeline.provenance import write_json
-    from vnaw_pipeline.runs import open_run
 
     if encoder is not None and faces is not None and manifest is annotations is run is None:
         _evaluate_encoder(encoder, faces, split, json_file)
@@ -252,12 +290,47 @@ def evaluate(
         raise ConfigError(
             "Give --manifest, --annotations and --run-dir to score a run, or --encoder and --faces to score an encoder."
         )
-    opened = open_run(run)
+    opened = open_predicted(run)
     videos = opened.split_videos(read_manifest(manifest))
-    scores = evaluate_predictions(videos, annotations, opened.folder.predictions(split), opened.config.task, split)
+    scores = evaluate_predictions(videos, annotations, opened.folder.predictions(split), opened.task.name, split)
     typer.echo(format_scores(scores, opened.task))
     if json_file is not None:
         write_json(json_file, scores_as_json(scores, opened.task))
+
+
+@app.command()
+def crossval(
+    manifest: Manifest,
+    annotations: Annotations,
+    store: Store,
+    out: ExperimentOut,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train and score the official split and every fold of the manifest; writes a table with mean and deviation."""
+    from vnaw_pipeline.config import load_config
+    from vnaw_pipeline.experiments import cross_validate
+
+    _only_alone("crossval")
+    _finish(cross_validate(manifest, annotations, store, out, load_config(config, overrides)))
+
+
+@app.command()
+def ablate(
+    manifest: Manifest,
+    annotations: Annotations,
+    store: Store,
+    out: ExperimentOut,
+    seed: Annotated[list[int], typer.Option(help="Seed of the training. Repeatable.", min=0)],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train and score plain, with augmentation, with NAW and with both; writes a table with mean and deviation."""
+    from vnaw_pipeline.config import load_config
+    from vnaw_pipeline.experiments import ablate as ablate_recipes
+
+    _only_alone("ablate")
+    _finish(ablate_recipes(manifest, annotations, store, out, load_config(config, overrides), seed))
 
 
 @app.command()
@@ -270,9 +343,9 @@ def submit(
     """Write a challenge submission: every line of the template answered, in its order."""
     from vnaw_pipeline.prediction.predict import read_predictions
     from vnaw_pipeline.prediction.submission import write_submission
-    from vnaw_pipeline.runs import open_run
+    from vnaw_pipeline.prediction.tables import open_predicted
 
-    opened = open_run(run)
+    opened = open_predicted(run)
     table = read_predictions(opened.folder.predictions(split), opened.task)
     lines = write_submission(table, template, out, opened.task)
     typer.echo(f"submit: {lines} lines written and read back -> {out}")

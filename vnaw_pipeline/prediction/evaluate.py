@@ -11,14 +11,14 @@ from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.metrics import ExpressionScores, expression_scores
 from vnaw_pipeline.prediction.predict import read_predictions
-from vnaw_pipeline.tasks import TASKS, ExpressionTask, Task
+from vnaw_pipeline.tasks import TASKS, Task, TaskName
 
 
 def evaluate_predictions(
     manifest: Path | pd.DataFrame,
     annotations_dir: Path,
     predictions: Path | pd.DataFrame,
-    task_name: ExpressionTask = "expr8",
+    task_name: TaskName = "expr8",
     split: str = "validation",
 ) -> ExpressionScores:
     """Score predictions against the annotations of a split; frames that are not annotated are left out.
