@@ -170,9 +170,11 @@ def score_table(variants: Sequence[Variant], scores: dict[str, dict[str, Any]]) 
 
 
 def _shares(scores: dict[str, Any]) -> dict[str, float]:
-    """What a table shows of a run's scores: the shares at their top level, then those of each class."""
+    """What a table shows of a run's scores: the shares at their top level, then those of each class or dimension."""
     overall = {key: value for key, value in scores.items() if isinstance(value, float)}
-    return overall | {name: float(value) for name, value in scores.get("f1", {}).items()}
+    return overall | {
+        name: value for of_each in scores.values() if isinstance(of_each, dict) for name, value in of_each.items()
+    }
 
 
 def _notes(variants: Sequence[Variant], scores: dict[str, dict[str, Any]]) -> list[str]:

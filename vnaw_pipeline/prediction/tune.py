@@ -82,8 +82,8 @@ def tune_run(
         )
     run = open_predicted(run_dir)
     task = run.task
-    videos = run.split_videos(read_manifest(manifest) if isinstance(manifest, Path) else manifest)
-    videos = videos[videos["split"] == split]
+    videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
+    videos = videos[run.split_videos(videos)["split"] == split]
     labels = read_labels(videos, annotations_dir, task)
     if not any(labelled(of_video).any() for of_video in labels.values()):
         raise DataError(f"No frame of the split '{split}' has a label for task '{task.name}' to tune on.")
