@@ -111,16 +111,10 @@ def aligned(tables: Sequence[pd.DataFrame], names: Sequence[str]) -> list[pd.Dat
 def _unlike(one: pd.DataFrame, other: pd.DataFrame, one_name: str, other_name: str) -> str:
     counts = pd.DataFrame({"one": one["video_id"].value_counts(), "other": other["video_id"].value_counts()})
     counts = counts.fillna(0).astype(int)
-    lines = [
-        f"  {video_id}: {row.one} frames and {row.other}"
-        for video_id, row in counts[counts["one"] != counts["other"]].sort_index().iterrows()
-    ]
-    return listing(
-        [
-            f"{one_name} and {other_name} did not predict the same frames. Predict the same split with both:",
-            *(lines or ["  as many frames a video, but not the same ones, or some twice"]),
-        ]
-    )
+    unlike = counts[counts["one"] != counts["other"]].sort_index()
+    lines = [f"  {row.Index}: {row.one} frames and {row.other}" for row in unlike.itertuples()]
+    heading = f"{one_name} and {other_name} did not predict the same frames. Predict the same split with both:"
+    return listing([heading, *(lines or ["  as many frames a video, but not the same ones, or some twice"])])
 
 
 def _begin(out: Path, members: Sequence[PredictedRun], how: How, task: TaskName) -> None:
@@ -153,5 +147,4 @@ def _record(composed: PredictedRun, members: Sequence[PredictedRun], split: str,
         str(member.folder.path): digest_bytes(member.folder.predictions(split).read_bytes()) for member in members
     }
     splits = {**found.get("splits", {}), split: {"tuned": tuned, "tables": tables}}
-    facts = {key: found[key] for key in ("tuned",) if key in found}
-    composed.folder.write_record(stage="combine", splits=splits, **facts)
+    composed.folder.write_record(stage="combine", splits=splits, tuned=found.get("tuned", {}))

@@ -108,7 +108,7 @@ def tune_run(
                 "before": tuning.before,
                 "after": tuning.after,
                 "cross_tuned": tuning.cross_tuned,
-                "cross_tuned_parts": f"{tuning.parts}, by source_video",
+                "parts_of_source_videos": tuning.parts,
             },
             "written": utc_now(),
         },
