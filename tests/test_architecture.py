@@ -36,6 +36,7 @@ ORDER = [
     "runs",
     "prediction",
     "training",
+    "experiments",
     "report",
     "inference",
     "rendering",

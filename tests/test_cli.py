@@ -1,6 +1,7 @@
 """The commands as a user gives them: whole runs, frozen options, and wrong input that ends in one message."""
 
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from vnaw_pipeline.cli import app, main
-from vnaw_pipeline.config import PipelineConfig, dump_config
+from vnaw_pipeline.config import PipelineConfig, PredictConfig, dump_config
+from vnaw_pipeline.prediction.predict import read_predictions
+from vnaw_pipeline.prediction.tables import finish_table, open_predicted
+from vnaw_pipeline.tasks import TASKS
 
 from .conftest import DrawnData
 
@@ -52,8 +56,12 @@ FROZEN_OPTIONS = {
     },
     "extract": {"--manifest", "--crops", "--store", "--config", "--set", "--allow-pickle"},
     "train": {"--manifest", "--annotations", "--store", "--run-dir", "--config", "--set", "--fold", "--overwrite"},
-    "predict": {"--manifest", "--store", "--run-dir", "--split", "--set"},
+    "predict": {"--manifest", "--store", "--run-dir", "--split", "--set", "--tuned"},
+    "tune": {"--manifest", "--annotations", "--run-dir", "--split"},
+    "combine": {"--run-dir", "--how", "--out", "--split", "--tuned"},
     "evaluate": {"--manifest", "--annotations", "--run-dir", "--encoder", "--faces", "--split", "--json"},
+    "crossval": {"--manifest", "--annotations", "--store", "--out", "--config", "--set"},
+    "ablate": {"--manifest", "--annotations", "--store", "--out", "--seed", "--config", "--set"},
     "submit": {"--run-dir", "--template", "--out", "--split"},
     "infer": {"--out", "--encoder", "--run-dir", "--camera", "--config", "--set"},
 }
@@ -98,7 +106,15 @@ def finished(
             *("--run-dir", work / "run", "--config", work / "config.yaml", "--set", "train.tracker=tensorboard"),
         ),
         ("predict", "--manifest", work / "m.csv", "--store", drawn_store, "--run-dir", work / "run"),
-        ("predict", "--manifest", work / "m.csv", "--store", drawn_store, "--run-dir", work / "run", "--split", "test"),
+        ("tune", "--manifest", work / "m.csv", "--annotations", drawn.annotations, "--run-dir", work / "run"),
+        (
+            *("predict", "--manifest", work / "m.csv", "--store", drawn_store, "--run-dir", work / "run"),
+            *("--split", "test", "--tuned", "--set", "predict.batch_windows=3"),
+        ),
+        ("combine", *2 * ("--run-dir", work / "run"), "--how", "mean", "--out", work / "both"),
+        ("combine", *2 * ("--run-dir", work / "run"), "--how", "mean", "--out", work / "both", "--split", "test"),
+        ("evaluate", "--manifest", work / "m.csv", "--annotations", drawn.annotations, "--run-dir", work / "both"),
+        ("submit", "--run-dir", work / "both", "--template", drawn.template, "--out", work / "both.txt"),
         (
             *("evaluate", "--manifest", work / "m.csv", "--annotations", drawn.annotations),
             *("--run-dir", work / "run", "--json", work / "scores.json"),
@@ -113,6 +129,13 @@ def finished(
 
 def test_a_whole_run_leaves_what_it_says(finished: Path, drawn: DrawnData) -> None:
     assert (finished / "submission.txt").read_text().count("\n") == drawn.template.read_text().count("\n")
+    assert (finished / "both.txt").read_text() == (finished / "submission.txt").read_text()
+    tuned = open_predicted(finished / "run").tuned()
+    raw = read_predictions(finished / "run" / "predictions" / "test_raw.parquet", TASKS["expr8"])
+    final = read_predictions(finished / "run" / "predictions" / "test.parquet", TASKS["expr8"])
+    shares = open_predicted(finished / "run").class_shares
+    assert finish_table(raw, shares, tuned, TASKS["expr8"]).equals(final), "--tuned is what was tuned"
+    assert not finish_table(raw, shares, PredictConfig(), TASKS["expr8"]).equals(final)
     assert list((finished / "run").rglob("events.out.tfevents*")), "tensorboard was asked for"
     assert {path.name for path in (finished / "run").iterdir()} >= {
         "config.yaml",
@@ -128,6 +151,9 @@ WRONG = {
     "no such store": ("train", ["--store", "{tmp}/nowhere"], "There is no feature store at"),
     "a file as store": ("predict", ["--store", "{tmp}/text.mp4"], "There is no feature store at"),
     "no such run": ("predict", ["--run-dir", "{tmp}/nowhere"], "is not a run folder"),
+    "tuning on test": ("tune", ["--split", "test"], "'test' has no labels"),
+    "tuned before tuning": ("predict", ["--run-dir", "{tmp}/untuned", "--tuned"], "Make it with `vnaw tune`"),
+    "a cascade of what is none": ("combine", ["--how", "hard"], "one run of coarse5 and one of negative4"),
     "another template": ("submit", ["--template", "{va_template}"], "template of task va"),
     "a manifest that is none": ("train", ["--manifest", "{tmp}/text.mp4"], "the header is"),
     "another config in the folder": ("train", ["--set", "seed=5"], "another config"),
@@ -141,6 +167,7 @@ def test_wrong_input_is_one_message(
 ) -> None:
     command, changes, words = WRONG[case]
     (tmp_path / "text.mp4").write_text("not a video\n")
+    shutil.copytree(finished / "run", tmp_path / "untuned", ignore=shutil.ignore_patterns("tuned.json"))
     va_template = drawn.root / "test_set_examples" / "CVPR_6th_ABAW_VA_test_set_example.txt"
     options = {
         "train": {
@@ -150,6 +177,12 @@ def test_wrong_input_is_one_message(
             "--run-dir": finished / "run",
             "--config": finished / "config.yaml",
         },
+        "tune": {
+            "--manifest": finished / "m.csv",
+            "--annotations": drawn.annotations,
+            "--run-dir": finished / "run",
+        },
+        "combine": {"--run-dir": finished / "run", "--how": "mean", "--out": tmp_path / "both"},
         "predict": {"--manifest": finished / "m.csv", "--store": drawn_store, "--run-dir": finished / "run"},
         "submit": {"--run-dir": finished / "run", "--template": drawn.template, "--out": tmp_path / "s.txt"},
         "crop": {"--out": tmp_path / "crops"},
@@ -158,7 +191,7 @@ def test_wrong_input_is_one_message(
     arguments = [part for option, value in options.items() if option not in filled for part in (option, value)]
     done = vnaw(command, *arguments, *filled)
     said = done.stdout + done.stderr
-    assert done.returncode == (2 if case == "misspelt key" else 1), said
+    assert done.returncode == (2 if case in ("misspelt key", "a cascade of what is none") else 1), said
     assert "Traceback" not in said
     status = tmp_path / "crops" / "status.csv"
     assert words in said + (status.read_text() if status.exists() else "")

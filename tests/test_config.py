@@ -50,6 +50,12 @@ def test_overrides_change_one_value() -> None:
         (["windows.predict_stride=101"], "leaves gaps between windows of 100"),
         (["temporal.heads=3"], "width 512 is not a multiple of heads 3"),
         (["loss.lam_a=2"], "'loss.lam_a' = 2"),
+        (
+            ["predict.smooth_half_width=3"],
+            r"unknown key 'predict.smooth_half_width'. Known here: batch_windows, smooth",
+        ),
+        (["predict.smooth={kind: average}"], "'predict.smooth.kind' = 'average'"),
+        (["predict.thresholds=[0.5, 1.0]"], "'predict.thresholds.1' = 1.0"),
         (["crop.detector=insightface"], "detector_path is needed"),
         (["task=va"], r"--set task=va: .*set train.sampling=uniform"),
         (["further_tasks.va=0"], "'further_tasks.va' = 0"),

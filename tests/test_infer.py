@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from vnaw_pipeline import infer_video, predict_videos, read_predictions
 from vnaw_pipeline.cli import app
-from vnaw_pipeline.config import PipelineConfig, WindowConfig, load_config
+from vnaw_pipeline.config import PipelineConfig, PredictConfig, SmoothConfig, WindowConfig, load_config
 from vnaw_pipeline.crops.extract import extract_crops
 from vnaw_pipeline.crops.video import Frame, VideoReader, open_video
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
@@ -111,7 +111,9 @@ def test_a_run_gives_what_predict_gives(
     """With smoothing and, so that windows are cut into several blocks, small blocks."""
     monkeypatch.setattr(answers, "_BLOCK_FRAMES", 16)
     trained = open_run(run_dir).header["features"]["crops"]
-    config = load_config(run_dir / "config.yaml", [f"extract.crop_set={trained}", "predict.smooth_half_width=2"])
+    config = load_config(
+        run_dir / "config.yaml", [f"extract.crop_set={trained}", "predict.smooth={kind: mean, half_width: 2}"]
+    )
     store = cropped(clip, tmp_path, config)
     manifest = build_manifest(None, tmp_path / "crops", TASKS["expr8"])
     assert predict_videos(manifest, store, run_dir, "test", config.predict).ok
@@ -141,7 +143,13 @@ def test_short_gaps_are_filled_and_long_ones_are_not() -> None:
     raw = np.array([[1, 0]] * 5 + [[0, 1]] * 8, np.float32)
     valid = np.array([1, 1, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1], bool)
     raw[~valid] = 0.5
-    final = finish(raw, valid, np.arange(13) / 10, fill_gaps_s=0.4, half_width=1)
+    final = finish(
+        raw,
+        valid,
+        np.arange(13) / 10,
+        fill_gaps_s=0.4,
+        config=PredictConfig(smooth=SmoothConfig(kind="mean", half_width=1)),
+    )
     assert np.isnan(final[5:9]).all()
     np.testing.assert_array_equal(final[:5], [[1, 0]] * 5)  # the gap at 2 is filled, and nothing leaks across the other
     np.testing.assert_array_equal(final[9:], [[0, 1]] * 4)

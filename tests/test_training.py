@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vnaw_pipeline.checkpoints import load_tensors, save_tensors
-from vnaw_pipeline.config import PipelineConfig, PredictConfig, dump_config, load_config
+from vnaw_pipeline.config import PipelineConfig, PredictConfig, SmoothConfig, dump_config, load_config
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError, StoreError
 from vnaw_pipeline.features.store import create_store, open_store
 from vnaw_pipeline.manifests import build_manifest
@@ -312,7 +312,7 @@ def test_smoothing_can_be_chosen_after_training(
     train(drawn, drawn_store, tmp_path / "a", tiny_config)
     tables = []
     for half_width in (0, 5):
-        config = PredictConfig(smooth_half_width=half_width)
+        config = PredictConfig(smooth=SmoothConfig(kind="mean", half_width=half_width))
         predict_videos(drawn.manifest, drawn_store, tmp_path / "a", "validation", config)
         tables.append(pd.read_parquet(tmp_path / "a" / "predictions" / "validation.parquet").filter(like="p_"))
     assert tables[1].diff().abs().mean().mean() < tables[0].diff().abs().mean().mean()

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from vnaw_pipeline.checks import check_manifest as check_manifest
     from vnaw_pipeline.config import load_config as load_config
     from vnaw_pipeline.crops.extract import extract_crops as extract_crops
+    from vnaw_pipeline.experiments import ablate as ablate
+    from vnaw_pipeline.experiments import cross_validate as cross_validate
     from vnaw_pipeline.features.bank import open_bank as open_bank
     from vnaw_pipeline.features.extract import extract_features as extract_features
     from vnaw_pipeline.features.store import open_store as open_store
@@ -18,11 +20,13 @@ if TYPE_CHECKING:
     from vnaw_pipeline.inference.run import infer_videos as infer_videos
     from vnaw_pipeline.manifests import build_manifest as build_manifest
     from vnaw_pipeline.manifests import read_manifest as read_manifest
+    from vnaw_pipeline.prediction.combine import combine_runs as combine_runs
     from vnaw_pipeline.prediction.evaluate import evaluate_predictions as evaluate_predictions
     from vnaw_pipeline.prediction.faces import evaluate_faces as evaluate_faces
     from vnaw_pipeline.prediction.predict import predict_videos as predict_videos
     from vnaw_pipeline.prediction.predict import read_predictions as read_predictions
     from vnaw_pipeline.prediction.submission import write_submission as write_submission
+    from vnaw_pipeline.prediction.tune import tune_run as tune_run
     from vnaw_pipeline.runs import open_run as open_run
     from vnaw_pipeline.tasks import TASKS as TASKS
     from vnaw_pipeline.training.faces import pretrain_encoder as pretrain_encoder
@@ -31,8 +35,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "TASKS": "tasks",
+    "ablate": "experiments",
     "build_manifest": "manifests",
     "check_manifest": "checks",
+    "combine_runs": "prediction.combine",
+    "cross_validate": "experiments",
     "evaluate_faces": "prediction.faces",
     "evaluate_predictions": "prediction.evaluate",
     "extract_crops": "crops.extract",
@@ -49,6 +56,7 @@ _HOMES = {
     "read_manifest": "manifests",
     "read_predictions": "prediction.predict",
     "train_windows": "training.windows",
+    "tune_run": "prediction.tune",
     "write_submission": "prediction.submission",
 }
 __all__ = sorted(_HOMES)

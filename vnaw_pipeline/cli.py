@@ -38,8 +38,10 @@ ConfigFile = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override one value: section.key=value. Repeatable.")
 ]
+ExperimentOut = Annotated[Path, typer.Option(help="Folder for the runs and the table.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start afresh instead of going on.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read encoder.weights from a .pth file.")]
+Tuned = Annotated[bool, typer.Option("--tuned", help="Finish the answers as the run's `vnaw tune` found best.")]
 Split = Literal["train", "validation", "test"]
 
 
@@ -235,14 +237,50 @@ def predict(
     run: Run,
     split: Annotated[Split, typer.Option(help="Split to predict.")] = "validation",
     overrides: Overrides = None,
+    tuned: Tuned = False,
 ) -> None:
     """Write one row per frame of every video of a split into the run folder."""
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.prediction.predict import predict_videos
+    from vnaw_pipeline.prediction.tables import open_predicted
     from vnaw_pipeline.runs import RunFolder
 
     config = load_config(RunFolder(run).config, overrides).predict if overrides else None
+    if tuned:
+        config = open_predicted(run).tuned(config)
     _finish(predict_videos(manifest, store, run, split, config))
+
+
+@app.command()
+def tune(
+    manifest: Manifest,
+    annotations: Annotations,
+    run: Run,
+    split: Annotated[Split, typer.Option(help="Split to tune on; validation only.")] = "validation",
+) -> None:
+    """Tune smoothing, class bias and thresholds on a run's validation predictions; `--tuned` then uses them."""
+    from vnaw_pipeline.prediction.tune import tune_run
+
+    _only_alone("tune")
+    _finish(tune_run(manifest, annotations, run, split))
+
+
+@app.command()
+def combine(
+    runs: Annotated[list[Path], typer.Option("--run-dir", help="Run folder of a member. Repeatable.")],
+    how: Annotated[
+        Literal["mean", "hard", "soft"],
+        typer.Option(help="Mean of runs of one task, or a cascade of a coarse5 and a negative4 run."),
+    ],
+    out: Annotated[Path, typer.Option(help="Run folder of the composed run.")],
+    split: Annotated[Split, typer.Option(help="Split that the members predicted.")] = "validation",
+    tuned: Tuned = False,
+) -> None:
+    """Combine what several runs predicted into one run, as an ensemble or a cascade."""
+    from vnaw_pipeline.prediction.combine import combine_runs
+
+    _only_alone("combine")
+    _finish(combine_runs(runs, how, out, split, tuned=tuned))
 
 
 @app.command()
@@ -260,8 +298,8 @@ def evaluate(
     """Score a run's predictions over every labelled frame (--manifest, --annotations, --run-dir), for each of its
     tasks, or an encoder's own head on static faces (--encoder, --faces)."""
     from vnaw_pipeline.prediction.evaluate import evaluate_predictions, format_scores, scores_as_json
+    from vnaw_pipeline.prediction.tables import open_predicted
     from vnaw_pipeline.provenance import write_json
-    from vnaw_pipeline.runs import open_run
 
     if encoder is not None and faces is not None and manifest is annotations is run is None:
         _evaluate_encoder(encoder, faces, split, json_file)
@@ -270,15 +308,51 @@ def evaluate(
         raise ConfigError(
             "Give --manifest, --annotations and --run-dir to score a run, or --encoder and --faces to score an encoder."
         )
-    opened = open_run(run)
-    table, fold = opened.folder.predictions(split), opened.header["fold"]
+    opened = open_predicted(run)
     found = {}
-    for task in opened.config.tasks:
-        scores = evaluate_predictions(manifest, annotations, table, task.name, split, fold)
+    for task in opened.tasks:
+        scores = evaluate_predictions(
+            manifest, annotations, opened.folder.predictions(split), task.name, split, opened.fold
+        )
         typer.echo(format_scores(scores, task))
         found[task.name] = scores_as_json(scores, task)
     if json_file is not None:  # the main task's scores, and the others' under their names
         write_json(json_file, {**found.pop(opened.task.name), **found})
+
+
+@app.command()
+def crossval(
+    manifest: Manifest,
+    annotations: Annotations,
+    store: Store,
+    out: ExperimentOut,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train and score the official split and every fold of the manifest; writes a table with mean and deviation."""
+    from vnaw_pipeline.config import load_config
+    from vnaw_pipeline.experiments import cross_validate
+
+    _only_alone("crossval")
+    _finish(cross_validate(manifest, annotations, store, out, load_config(config, overrides)))
+
+
+@app.command()
+def ablate(
+    manifest: Manifest,
+    annotations: Annotations,
+    store: Store,
+    out: ExperimentOut,
+    seed: Annotated[list[int], typer.Option(help="Seed of the training. Repeatable.", min=0)],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train and score plain, with augmentation, with NAW and with both; writes a table with mean and deviation."""
+    from vnaw_pipeline.config import load_config
+    from vnaw_pipeline.experiments import ablate as ablate_recipes
+
+    _only_alone("ablate")
+    _finish(ablate_recipes(manifest, annotations, store, out, load_config(config, overrides), seed))
 
 
 @app.command()
@@ -291,11 +365,11 @@ def submit(
     """Write a challenge submission for the template's task: every line of it answered, in its order."""
     from vnaw_pipeline.prediction.predict import read_predictions
     from vnaw_pipeline.prediction.submission import write_submission
-    from vnaw_pipeline.runs import open_run
+    from vnaw_pipeline.prediction.tables import open_predicted
     from vnaw_pipeline.template import template_task
 
-    opened = open_run(run)
-    task = template_task(template, opened.config.tasks)
+    opened = open_predicted(run)
+    task = template_task(template, opened.tasks)
     table = read_predictions(opened.folder.predictions(split), task)
     lines = write_submission(table, template, out, task)
     typer.echo(f"submit: {lines} lines written and read back -> {out}")

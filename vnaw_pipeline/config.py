@@ -305,12 +305,28 @@ class TrainConfig(_Section):
     """Experiment tracker; metrics.jsonl is written in any case."""
 
 
+class SmoothConfig(_Section):
+    """What becomes of a frame's answer by its neighbours' answers."""
+
+    kind: Literal["none", "mean", "median", "mode", "sp"] = "none"
+    """`mode`: the most frequent class, of expressions only; `sp`: smooth predicting, the frame's own answer mixed with
+    the mean."""
+    half_width: int = Field(default=50, ge=0)
+    """Frames to either side; fewer at the ends of a video."""
+    share: float = Field(default=0.5, ge=0, le=1)
+    """sp: share of the mean."""
+
+
 class PredictConfig(_Section):
     """From windows to one row per frame."""
 
     batch_windows: int = Field(default=128, gt=0)
-    smooth_half_width: int = Field(default=0, ge=0)
-    """Probabilities become their mean over this many frames to either side; 0: as they are."""
+    smooth: SmoothConfig = SmoothConfig()
+    bias: tuple[float, ...] | None = None
+    """Added to the log-probability of each expression after smoothing, for classes that a model names too rarely."""
+    thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
+    """Probability from which each action unit counts as shown. The written probabilities are shifted, so that it is .5
+    in the table. `vnaw tune` finds values for all three."""
 
 
 class InferConfig(_Section):
@@ -325,7 +341,7 @@ class InferConfig(_Section):
     smooth_s: float = Field(default=0.25, ge=0)
     """Without a run, probabilities become their mean over this many seconds to either side: half a second is what
     the shortest full expressions last, so single frames are calmed and expressions stay. With a run, whose model sees
-    time itself, `predict.smooth_half_width` holds."""
+    time itself, `predict` holds."""
     min_span_s: float = Field(default=0.5, ge=0)
     """A shorter span of one expression goes to its longer neighbour in the summary, not in the table."""
 

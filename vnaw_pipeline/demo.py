@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 
 from vnaw_pipeline.annotations import image_name, read_annotation
 from vnaw_pipeline.checks import check_manifest
-from vnaw_pipeline.config import PipelineConfig
+from vnaw_pipeline.config import PipelineConfig, PredictConfig
 from vnaw_pipeline.errors import DataError, listing
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.extract import extract_features
@@ -187,7 +187,8 @@ def _probe_table(train: FeatureBank, labels: npt.NDArray[np.int64], validation: 
     probabilities[:, probe.classes_] = answered
     shares = np.bincount(labels[used], minlength=len(_TASK.outputs)) / used.sum()
     path = work_dir / "baselines" / "probe.parquet"
-    write_predictions(path, finish_probabilities(probabilities, validation, shares, 0), validation, [_TASK])
+    finished = finish_probabilities(probabilities, validation, shares, PredictConfig(), [_TASK])
+    write_predictions(path, finished, validation, [_TASK])
     return path
 
 

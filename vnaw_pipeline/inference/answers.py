@@ -10,10 +10,11 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from vnaw_pipeline.config import WindowConfig
+from vnaw_pipeline.config import PredictConfig, SmoothConfig, WindowConfig
 from vnaw_pipeline.features.bank import FeatureBank
 from vnaw_pipeline.inference.analyse import Models, Sightings, Spool
-from vnaw_pipeline.prediction.smooth import Probabilities, fill_gaps, smooth_mean
+from vnaw_pipeline.prediction.finish import finish_video
+from vnaw_pipeline.prediction.smooth import Probabilities
 from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.report.figures import clock_time
 from vnaw_pipeline.runs import Run
@@ -60,12 +61,13 @@ def _person_table(
     infer = models.config.infer
     if models.run is not None:
         raw = _temporal_probabilities(models.run, models, sightings, rows, spool)
-        half_width = models.config.predict.smooth_half_width
+        config = models.config.predict
     else:
         raw = np.zeros((len(frames), len(models.outputs)), np.float32)
         raw[valid] = _head_probabilities(rows, spool, models)
         half_width = round(infer.smooth_s / frame_seconds(sightings.time_s))
-    return _rows(person, frames, rows, finish(raw, valid, time_s, infer.fill_gaps_s, half_width), sightings, models)
+        config = PredictConfig(smooth=SmoothConfig(kind="mean", half_width=half_width))
+    return _rows(person, frames, rows, finish(raw, valid, time_s, infer.fill_gaps_s, config), sightings, models)
 
 
 def frame_seconds(time_s: npt.NDArray[np.float64]) -> float:
@@ -78,9 +80,9 @@ def finish(
     valid: npt.NDArray[np.bool_],
     time_s: npt.NDArray[np.float64],
     fill_gaps_s: float,
-    half_width: int,
+    config: PredictConfig,
 ) -> Probabilities:
-    """Interpolate over gaps of at most `fill_gaps_s` and smooth; (n, K) -> (n, K), NaN in longer gaps.
+    """Final answers, interpolated over gaps of at most `fill_gaps_s`; (n, K) -> (n, K), NaN in longer gaps.
 
     The stretches between long gaps know nothing of each other. The first and last frames are valid.
     """
@@ -89,7 +91,7 @@ def finish(
     breaks = np.flatnonzero(np.diff(time_s[known]) > fill_gaps_s) + 1
     for stretch in np.split(known, breaks):
         inside = slice(stretch[0], stretch[-1] + 1)
-        final[inside] = smooth_mean(fill_gaps(raw[inside], valid[inside], raw[0]), half_width)
+        final[inside] = finish_video(raw[inside], valid[inside], raw[0], config, "classes")
     return final
 
 

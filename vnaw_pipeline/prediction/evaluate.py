@@ -20,7 +20,7 @@ def evaluate_predictions(
     manifest: Path | pd.DataFrame,
     annotations_dir: Path,
     predictions: Path | pd.DataFrame,
-    task_name: ExpressionTask = "expr8",
+    task_name: TaskName = "expr8",
     split: str = "validation",
     fold: int | None = None,
 ) -> ExpressionScores: ...

@@ -19,7 +19,7 @@ from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.manifests import read_manifest
-from vnaw_pipeline.prediction.smooth import fill_gaps, smooth_mean
+from vnaw_pipeline.prediction.finish import finish_video
 from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.processes import process_state, sum_over_processes
 from vnaw_pipeline.provenance import atomic_path
@@ -40,7 +40,8 @@ def predict_videos(
 
     `config` None: that of the run.
 
-    Writes `<run>/predictions/<split>_raw.parquet` (as the model says) and `<split>.parquet` (gaps filled, smoothed).
+    Writes `<run>/predictions/<split>_raw.parquet` (as the model says) and `<split>.parquet` (gaps filled, smoothed,
+    biased, as `config` has it).
 
     Raises:
         CheckpointError: the run was trained on other features. StoreError: videos missing from the store.
@@ -75,7 +76,7 @@ def predict_videos(
     if state.is_main_process:
         raw = predictions.cpu().numpy()
         without_any = np.asarray(run.header["without_any"], dtype=np.float32)
-        final = finish_probabilities(raw, bank, without_any, config.smooth_half_width)
+        final = finish_probabilities(raw, bank, without_any, config, run.config.tasks)
         write_predictions(run.folder.raw_predictions(split), raw, bank, run.config.tasks)
         write_predictions(run.folder.predictions(split), final, bank, run.config.tasks)
     state.wait_for_everyone()
@@ -83,15 +84,21 @@ def predict_videos(
 
 
 def finish_probabilities(
-    raw: npt.NDArray[np.float32], bank: FeatureBank, without_any: npt.NDArray[np.float32], smooth_half_width: int
+    raw: npt.NDArray[np.float32],
+    bank: FeatureBank,
+    without_any: npt.NDArray[np.float32],
+    config: PredictConfig,
+    tasks: Sequence[Task],
 ) -> npt.NDArray[np.float32]:
-    """Fill gaps and smooth, video by video; (N, C) -> (N, C). A video without any face gets `without_any` (C,)."""
+    """Final answers of a bank's frames, video by video and task by task; (N, C) -> (N, C)."""
     valid = bank.valid.cpu().numpy()
     bounds = bank.first.tolist()
     finished = np.empty_like(raw)
     for start, stop in pairwise(bounds):
-        filled = fill_gaps(raw[start:stop], valid[start:stop], without_any)
-        finished[start:stop] = smooth_mean(filled, smooth_half_width)
+        for columns, task in zip(output_columns(tasks).values(), tasks, strict=True):
+            finished[start:stop, columns] = finish_video(
+                raw[start:stop, columns], valid[start:stop], without_any[columns], config, task.kind
+            )
     return finished
 
 

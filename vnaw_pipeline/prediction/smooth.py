@@ -1,12 +1,21 @@
-"""After the model: frames without a face are filled in, and probabilities may be averaged over time.
+"""After the model, over time: frames without a face are filled in, and answers are calmed by their neighbours.
 
-`T` frames of one video, `K` classes.
+`T` frames of one video, `K` columns. A window reaches `half_width` frames to either side and is cut at the ends of the
+video.
 """
+
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from scipy.ndimage import median_filter
+
+from vnaw_pipeline.config import SmoothConfig
+from vnaw_pipeline.errors import ConfigError
 
 Probabilities = npt.NDArray[np.float32]
+Kind = Literal["classes", "affect", "units"]
+"""What the columns are, as `Task.kind`: probabilities that add up to 1, two dimensions, or probabilities of units."""
 
 
 def fill_gaps(
@@ -28,13 +37,92 @@ def fill_gaps(
     return filled
 
 
-def smooth_mean(probabilities: Probabilities, half_width: int) -> Probabilities:
-    """Mean over `half_width` frames to either side, fewer at the ends of the video; (T, K) -> (T, K)."""
+def smooth(answers: Probabilities, config: SmoothConfig, kind: Kind) -> Probabilities:
+    """Smooth a video's answers as the config says, (T, K) -> (T, K); class probabilities keep adding up to 1.
+
+    Raises:
+        ConfigError: a mode filter for anything but classes.
+    """
+    match config.kind:
+        case "none":
+            return answers
+        case "mean":
+            return smooth_mean(answers, config.half_width)
+        case "sp":
+            return smooth_predicting(answers, config.half_width, config.share)
+        case "median":
+            medians = smooth_median(answers, config.half_width)
+            return _rescaled(medians, smooth_mean(answers, config.half_width)) if kind == "classes" else medians
+        case "mode":
+            if kind != "classes":
+                raise ConfigError(
+                    f"predict.smooth.kind = 'mode' counts classes; a task of {kind} has none. Use median."
+                )
+            return smooth_mode(answers, config.half_width)
+
+
+def smooth_mean(answers: Probabilities, half_width: int) -> Probabilities:
+    """Mean over the window; (T, K) -> (T, K). From one running sum, so that the width costs nothing."""
     if half_width == 0:
-        return probabilities
-    num_frames = len(probabilities)
-    sums = np.concatenate([np.zeros((1, probabilities.shape[1])), probabilities.cumsum(axis=0, dtype=np.float64)])
-    frames = np.arange(num_frames)
-    start, stop = np.maximum(frames - half_width, 0), np.minimum(frames + half_width + 1, num_frames)
-    means: Probabilities = ((sums[stop] - sums[start]) / (stop - start)[:, None]).astype(np.float32)
+        return answers
+    start, stop = _window_bounds(len(answers), half_width)
+    means: Probabilities = (_window_sums(answers, start, stop) / (stop - start)[:, None]).astype(np.float32)
     return means
+
+
+def smooth_predicting(answers: Probabilities, half_width: int, share: float) -> Probabilities:
+    """What a frame says, mixed with what its neighbourhood says: (1 - share) * p_t + share * the mean over the window.
+
+    The "smooth predicting" of CFC-SP (Xue et al. 2022) weighs unique features of a moment against universal ones of a
+    period; its formula was never published, and this is our reading of it.
+    """
+    mixed = (1 - share) * answers.astype(np.float64) + share * smooth_mean(answers, half_width)
+    return mixed.astype(np.float32)
+
+
+def smooth_median(answers: Probabilities, half_width: int) -> Probabilities:
+    """Median over the window, column by column; of an even number of frames, the mean of the middle two; (T, K)."""
+    num_frames = len(answers)
+    width = 2 * half_width + 1
+    medians = np.empty_like(answers)
+    if num_frames >= width:
+        for column in range(answers.shape[1]):
+            medians[:, column] = median_filter(answers[:, column], size=width)
+    for frame in range(num_frames):  # at the ends, where the window is cut
+        if frame < half_width or frame >= num_frames - half_width:
+            medians[frame] = np.median(answers[max(frame - half_width, 0) : frame + half_width + 1], axis=0)
+    return medians
+
+
+def smooth_mode(probabilities: Probabilities, half_width: int) -> Probabilities:
+    """The most frequent class of the window as the most probable one; (T, K) -> (T, K).
+
+    Every frame votes for its arg max, and a row holds each class's share of the votes; so the table stays the source
+    of the decision. The frame's own class has half a vote more: it wins a tie, and never against a larger count.
+    Without it the lowest of the tied classes wins, as in every arg max here.
+    """
+    votes = np.eye(probabilities.shape[1])[probabilities.argmax(axis=1)]
+    start, stop = _window_bounds(len(probabilities), half_width)
+    counts = _window_sums(votes, start, stop) + 0.5 * votes
+    shares: Probabilities = (counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
+    return shares
+
+
+def _window_bounds(num_frames: int, half_width: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """First frame and the one after the last of every frame's window, (T,) each."""
+    frames = np.arange(num_frames)
+    return np.maximum(frames - half_width, 0), np.minimum(frames + half_width + 1, num_frames)
+
+
+def _window_sums(
+    values: npt.NDArray[np.floating], start: npt.NDArray[np.int64], stop: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Sums over each window from one running sum, (T, K)."""
+    sums = np.concatenate([np.zeros((1, values.shape[1])), values.cumsum(axis=0, dtype=np.float64)])
+    return np.asarray(sums[stop] - sums[start])
+
+
+def _rescaled(medians: Probabilities, means: Probabilities) -> Probabilities:
+    """Rows that add up to 1 again; the mean stands where the median of every class is 0."""
+    totals = medians.sum(axis=1, keepdims=True)
+    return np.where(totals > 0, medians / np.where(totals > 0, totals, 1), means).astype(np.float32)

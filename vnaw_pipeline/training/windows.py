@@ -224,7 +224,7 @@ def _evaluate(
         num_processes=state.num_processes,
         reduce_sum=sum_over_processes,
     )
-    final = finish_probabilities(raw.cpu().numpy(), validation.bank, without_any, config.predict.smooth_half_width)
+    final = finish_probabilities(raw.cpu().numpy(), validation.bank, without_any, config.predict, config.tasks)
     figures: dict[str, float] = {}
     for name, columns in output_columns(config.tasks).items():
         labels = validation.labels[name][:-1].cpu().numpy()

@@ -1,0 +1,45 @@
+"""From what the model says to what the pipeline answers: gaps filled, smoothed, then the decision shifted.
+
+The decision stays in the probabilities (arg max of classes, .5 of units), so that scores, submission and time line
+read one table and cannot differ. `T` frames of one video, `K` columns.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from vnaw_pipeline.config import PredictConfig
+from vnaw_pipeline.errors import ConfigError
+from vnaw_pipeline.prediction.bias import apply_bias
+from vnaw_pipeline.prediction.smooth import Kind, Probabilities, fill_gaps, smooth
+from vnaw_pipeline.prediction.thresholds import apply_thresholds
+
+
+def finish_video(
+    raw: Probabilities,
+    valid: npt.NDArray[np.bool_],
+    without_any: npt.NDArray[np.float32],
+    config: PredictConfig,
+    kind: Kind,
+) -> Probabilities:
+    """A video's final answers, (T, K) -> (T, K); `valid` (T,), `without_any` (K,) for a video without any valid frame.
+
+    Raises:
+        ConfigError: a mode filter where there are no classes; a bias or thresholds for another number of columns.
+    """
+    return decide(smooth(fill_gaps(raw, valid, without_any), config.smooth, kind), config, kind)
+
+
+def decide(answers: Probabilities, config: PredictConfig, kind: Kind) -> Probabilities:
+    """Shift probabilities by the config's bias (classes) or thresholds (units), if there are any; (T, K) -> (T, K)."""
+    if kind == "classes" and config.bias is not None:
+        _require_columns("bias", len(config.bias), answers.shape[1])
+        return apply_bias(answers, config.bias)
+    if kind == "units" and config.thresholds is not None:
+        _require_columns("thresholds", len(config.thresholds), answers.shape[1])
+        return apply_thresholds(answers, config.thresholds)
+    return answers
+
+
+def _require_columns(key: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise ConfigError(f"predict.{key} holds {found} numbers; this task has {wanted} outputs. Give one for each.")
