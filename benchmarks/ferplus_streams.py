@@ -1,6 +1,6 @@
 """Videos made of real faces with real label noise: what does each part of the method bring when the truth is known?
 
-    python benchmarks/ferplus_streams.py WORK_DIR --faces FERPLUS --validation FERPLUS --imagenet imagenet_lite0.safetensors
+    python benchmarks/ferplus_streams.py WORK_DIR --faces FERPLUS --validation FERPLUS --imagenet FILE
 
 A stream is a Markov chain of runs of one expression each, with Aff-Wild2's shares of the classes (the next run's class
 does not depend on the last one's), 20 to 400 frames long. A run shows one to four faces whose majority of ten voters
@@ -97,8 +97,8 @@ class Source:
 
 def plan_stream(faces: FaceSet, num_frames: int, generator: np.random.Generator) -> list[Showing]:
     """Which face is shown when, and what each kind of annotator calls it."""
-    majority = faces.majority()
-    by_class = [np.flatnonzero((majority == index) & (faces.single != IGNORE_LABEL)) for index in range(len(EXPRESSIONS))]
+    majority = np.where(faces.single != IGNORE_LABEL, faces.majority(), IGNORE_LABEL)
+    by_class = [np.flatnonzero(majority == index) for index in range(len(EXPRESSIONS))]
     shares = np.array(CLASS_FRAMES) / sum(CLASS_FRAMES)
     showings, start = [], 0
     while start < num_frames:

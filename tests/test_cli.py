@@ -130,12 +130,11 @@ def finished(
 def test_a_whole_run_leaves_what_it_says(finished: Path, drawn: DrawnData) -> None:
     assert (finished / "submission.txt").read_text().count("\n") == drawn.template.read_text().count("\n")
     assert (finished / "both.txt").read_text() == (finished / "submission.txt").read_text()
-    tuned = open_predicted(finished / "run").tuned()
+    run = open_predicted(finished / "run")
     raw = read_predictions(finished / "run" / "predictions" / "test_raw.parquet", TASKS["expr8"])
     final = read_predictions(finished / "run" / "predictions" / "test.parquet", TASKS["expr8"])
-    shares = open_predicted(finished / "run").class_shares
-    assert finish_table(raw, shares, tuned, TASKS["expr8"]).equals(final), "--tuned is what was tuned"
-    assert not finish_table(raw, shares, PredictConfig(), TASKS["expr8"]).equals(final)
+    assert finish_table(raw, run, run.tuned()).equals(final), "--tuned is what was tuned"
+    assert not finish_table(raw, run, PredictConfig()).equals(final)
     assert list((finished / "run").rglob("events.out.tfevents*")), "tensorboard was asked for"
     assert {path.name for path in (finished / "run").iterdir()} >= {
         "config.yaml",

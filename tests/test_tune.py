@@ -15,6 +15,7 @@ from vnaw_pipeline.annotations import write_annotation
 from vnaw_pipeline.checkpoints import save_tensors
 from vnaw_pipeline.config import PipelineConfig, PredictConfig, SmoothConfig, dump_config
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
+from vnaw_pipeline.metrics import affect_scores
 from vnaw_pipeline.prediction.cascade import hard_cascade, soft_cascade
 from vnaw_pipeline.prediction.combine import aligned, combine_runs
 from vnaw_pipeline.prediction.evaluate import evaluate_predictions
@@ -22,9 +23,9 @@ from vnaw_pipeline.prediction.finish import finish_video
 from vnaw_pipeline.prediction.predict import read_predictions
 from vnaw_pipeline.prediction.submission import write_submission
 from vnaw_pipeline.prediction.tables import finish_table, open_predicted
-from vnaw_pipeline.prediction.tune import TuningVideo, score_of, smoothings, tune, tune_run, tuning_parts
+from vnaw_pipeline.prediction.tune import Tuning, TuningVideo, smoothings, tune, tune_run, tuning_parts
 from vnaw_pipeline.runs import RunFolder
-from vnaw_pipeline.tasks import TASKS, TaskName
+from vnaw_pipeline.tasks import TASKS, Task, TaskName
 
 EXPR = TASKS["expr8"]
 SPLITS = {"train": 2, "validation": 4, "test": 1}
@@ -65,7 +66,7 @@ class Tables:
             "kind": "temporal",
             "config": json.loads(config.model_dump_json()),
             "fold": fold,
-            "class_shares": [1 / num_classes] * num_classes,
+            "without_any": [1 / num_classes] * num_classes,
         }
         save_tensors(folder.best, {"w": torch.full((1,), float(seed))}, header)
         folder.write_record(stage="train", tuned={"epoch": "epoch 3"})
@@ -79,12 +80,11 @@ class Tables:
                 p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
                 table = pd.DataFrame({"video_id": name_of_video, "frame_index": range(NUM_FRAMES)})
                 table["valid"] = generator.random(NUM_FRAMES) < 0.9
-                tables.append(table.assign(**dict(zip(task.probability_columns, p.astype(np.float32).T, strict=True))))
+                tables.append(table.assign(**dict(zip(task.prediction_columns, p.astype(np.float32).T, strict=True))))
             raw = pd.concat(tables, ignore_index=True)
             folder.raw_predictions(split).parent.mkdir(exist_ok=True)
             raw.to_parquet(folder.raw_predictions(split))
-            shares = np.full(num_classes, 1 / num_classes, np.float32)
-            finish_table(raw, shares, PredictConfig(), task).to_parquet(folder.predictions(split))
+            finish_table(raw, open_predicted(folder.path), PredictConfig()).to_parquet(folder.predictions(split))
         return folder.path
 
 
@@ -101,12 +101,12 @@ def test_tuning_writes_values_scores_and_what_they_rest_on(made: Tables) -> None
     run = made.run("a")
     report = tune_run(made.manifest, made.annotations, run)
     found = json.loads((run / "tuned.json").read_text())
-    score = found["score"]
+    score = found["score"]["expr8"]
     assert score["after"] > score["before"] + 0.05, "smoothing and bias help on these tables"
     assert score["cross_tuned"] < score["after"], "values chosen on the frames they are scored on flatter"
-    assert found["tuned_on"]["videos"] == SPLITS["validation"]
+    assert found["tuned_on"]["expr8"]["videos"] == SPLITS["validation"]
     names = made.manifest.video_id[made.manifest.split == "validation"]
-    assert found["tuned_on"]["frames"] == sum((made.labels[name] >= 0).sum() for name in names)
+    assert found["tuned_on"]["expr8"]["frames"] == sum((made.labels[name] >= 0).sum() for name in names)
     assert f"{100 * score['after']:.2f}" in report.notes[0]
     record = json.loads((run / "record.json").read_text())
     assert record["tuned"]["epoch"] == "epoch 3"
@@ -115,7 +115,7 @@ def test_tuning_writes_values_scores_and_what_they_rest_on(made: Tables) -> None
     assert score["before"] == pytest.approx(before.macro_f1, abs=1e-12)
     opened = open_predicted(run)
     raw = read_predictions(RunFolder(run).raw_predictions("validation"), EXPR)
-    after = finish_table(raw, opened.class_shares, opened.tuned(), EXPR)
+    after = finish_table(raw, opened, opened.tuned())
     scored = evaluate_predictions(made.manifest, made.annotations, after)
     assert score["after"] == pytest.approx(scored.macro_f1, abs=1e-12)
 
@@ -182,7 +182,7 @@ def test_a_folds_run_is_tuned_on_the_folds_videos(made: Tables) -> None:
     of_fold.to_parquet(RunFolder(run).raw_predictions("validation"))
     tune_run(made.manifest, made.annotations, run)
     found = tuned(run)["tuned_on"]
-    assert (found["fold"], found["videos"]) == (0, 2)  # type: ignore[index]
+    assert (found["fold"], found["expr8"]["videos"]) == (0, 2)  # type: ignore[index]
 
 
 def video(kind: str, seed: int, source_video: str) -> TuningVideo:
@@ -199,19 +199,22 @@ def video(kind: str, seed: int, source_video: str) -> TuningVideo:
     return TuningVideo(source_video, raw, generator.random(80) < 0.9, labels)
 
 
-@pytest.mark.parametrize("kind", ["affect", "units"])
-def test_affect_and_units_are_tuned_too(kind: str) -> None:
-    videos = [video(kind, seed, f"v{seed}") for seed in range(6)]
-    columns = videos[0].raw.shape[1]
-    found = tune(videos, np.zeros(columns, np.float32), PredictConfig(), kind)  # type: ignore[arg-type]
+def tuning_of(videos: list[TuningVideo], task: Task) -> Tuning:
+    nothing = np.zeros(videos[0].raw.shape[1], np.float32)
+    return tune(videos, nothing, PredictConfig(), task, smoothings(SmoothConfig(), [task]))
+
+
+@pytest.mark.parametrize("task", [TASKS["va"], TASKS["au"]])
+def test_affect_and_units_are_tuned_too(task: Task) -> None:
+    videos = [video(task.kind, seed, f"v{seed}") for seed in range(6)]
+    found = tuning_of(videos, task)
     assert found.after > found.before + 0.05
     assert found.cross_tuned is not None
     assert found.before < found.cross_tuned <= found.after
     assert found.predict.smooth.kind != "none"
     assert found.predict.bias is None
-    assert (found.predict.thresholds is not None) == (kind == "units")
-    alone = tune(videos[:1], np.zeros(columns, np.float32), PredictConfig(), kind)  # type: ignore[arg-type]
-    assert alone.cross_tuned is None
+    assert (found.predict.thresholds is not None) == (task.kind == "units")
+    assert tuning_of(videos[:1], task).cross_tuned is None
 
 
 def test_cross_tuning_never_sees_the_part_it_is_scored_on() -> None:
@@ -220,19 +223,19 @@ def test_cross_tuning_never_sees_the_part_it_is_scored_on() -> None:
     shares = np.zeros(2, np.float32)
     finished, truth = [], []
     for chosen_on, scored in ((videos[1], videos[0]), (videos[0], videos[1])):
-        config = tune([chosen_on], shares, PredictConfig(), "affect").predict
+        config = tuning_of([chosen_on], TASKS["va"]).predict
         used = ~np.isnan(scored.labels).any(axis=1)
         finished.append(finish_video(scored.raw, scored.valid, shares, config, "affect")[used])
         truth.append(scored.labels[used])
-    wanted = score_of(np.concatenate(finished), np.concatenate(truth), "affect")
-    assert tune(videos, shares, PredictConfig(), "affect").cross_tuned == pytest.approx(wanted, abs=1e-12)
+    wanted = affect_scores(np.concatenate(truth), np.concatenate(finished)).mean_ccc
+    assert tuning_of(videos, TASKS["va"]).cross_tuned == pytest.approx(wanted, abs=1e-12)
 
 
 def test_settings_to_try_start_with_the_runs_own() -> None:
     own = SmoothConfig(kind="mean", half_width=7)
-    assert smoothings(own, "classes")[0] == own
-    assert {of.kind for of in smoothings(own, "classes")} == {"none", "mean", "median", "mode", "sp"}
-    assert {of.kind for of in smoothings(own, "affect")} == {"none", "mean", "median", "sp"}
+    assert smoothings(own, [EXPR])[0] == own
+    assert {of.kind for of in smoothings(own, [EXPR])} == {"none", "mean", "median", "mode", "sp"}
+    assert {of.kind for of in smoothings(own, [EXPR, TASKS["va"]])} == {"none", "mean", "median", "sp"}
 
 
 @several
@@ -282,10 +285,10 @@ def test_a_mean_of_runs_is_a_run_for_every_reader(made: Tables, tmp_path: Path) 
         combine_runs(members, "mean", out, split)
     found = read_predictions(RunFolder(out).predictions("test"), EXPR)
     tables = [read_predictions(RunFolder(member).predictions("test"), EXPR) for member in members]
-    mean = np.mean([table[EXPR.probability_columns].to_numpy(np.float64) for table in tables], axis=0)
+    mean = np.mean([table[EXPR.prediction_columns].to_numpy(np.float64) for table in tables], axis=0)
     seen = found.valid.to_numpy()
     np.testing.assert_array_equal(seen, np.any([table.valid for table in tables], axis=0))
-    np.testing.assert_allclose(found[EXPR.probability_columns].to_numpy()[seen], mean[seen], rtol=1e-6)
+    np.testing.assert_allclose(found[EXPR.prediction_columns].to_numpy()[seen], mean[seen], rtol=1e-6)
     scores = [
         evaluate_predictions(made.manifest, made.annotations, RunFolder(run).predictions("validation")).macro_f1
         for run in (*members, out)
@@ -315,12 +318,12 @@ def test_cascades_of_runs_score_as_expressions(made: Tables, tmp_path: Path) -> 
     for how, rule in (("hard", hard_cascade), ("soft", soft_cascade)):
         combine_runs([negative, coarse], how, tmp_path / how, "validation")  # type: ignore[arg-type]
         given_tables = [
-            read_predictions(RunFolder(run).predictions("validation"), TASKS[name])[TASKS[name].probability_columns]
+            read_predictions(RunFolder(run).predictions("validation"), TASKS[name])[TASKS[name].prediction_columns]
             for run, name in ((coarse, "coarse5"), (negative, "negative4"))  # type: ignore[index]
         ]
         wanted = rule(*(table.to_numpy(np.float32) for table in given_tables))
         found = read_predictions(RunFolder(tmp_path / how).raw_predictions("validation"), EXPR)
-        np.testing.assert_array_equal(found[EXPR.probability_columns], wanted)
+        np.testing.assert_array_equal(found[EXPR.prediction_columns], wanted)
         table = RunFolder(tmp_path / how).predictions("validation")
         assert evaluate_predictions(made.manifest, made.annotations, table).macro_f1 > 0.3
     soft = tmp_path / "soft"

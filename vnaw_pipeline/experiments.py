@@ -17,7 +17,6 @@ import pandas as pd
 from vnaw_pipeline.config import PipelineConfig
 from vnaw_pipeline.errors import ConfigError, DataError
 from vnaw_pipeline.features.store import open_store
-from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.prediction.evaluate import evaluate_predictions, scores_as_json
 from vnaw_pipeline.prediction.predict import predict_videos
@@ -150,10 +149,9 @@ def _run(
 ) -> dict[str, Any]:
     train_windows(videos, annotations_dir, store_path, run.path, variant.config, fold=variant.fold)
     predict_videos(videos, store_path, run.path, "validation")
-    of_fold = videos if variant.fold is None else fold_split(videos, variant.fold)
-    task = variant.config.task
-    scored = evaluate_predictions(of_fold, annotations_dir, run.predictions("validation"), task)
-    return scores_as_json(scored, TASKS[task])
+    task = TASKS[variant.config.task]
+    table = run.predictions("validation")
+    return scores_as_json(evaluate_predictions(videos, annotations_dir, table, task.name, fold=variant.fold), task)
 
 
 def score_table(variants: Sequence[Variant], scores: dict[str, dict[str, Any]]) -> dict[str, Any]:

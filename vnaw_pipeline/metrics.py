@@ -60,8 +60,6 @@ class UnitScores:
 
 
 Scores = ExpressionScores | AffectScores | UnitScores
-Thresholds = float | npt.NDArray[np.float64]
-"""Least probability of an action unit that is said to be present: one for all, or (U,)."""
 
 
 def confusion_matrix(
@@ -114,13 +112,11 @@ def unit_scores(labels: npt.NDArray[np.int8], present: npt.NDArray[np.bool_]) ->
     return UnitScores(float(f1.mean()), f1, int(used.any(axis=1).sum()))
 
 
-def score_predictions(
-    task: Task, labels: Labels, predictions: npt.NDArray[np.float32], thresholds: Thresholds = 0.5
-) -> Scores:
+def score_predictions(task: Task, labels: Labels, predictions: npt.NDArray[np.float32]) -> Scores:
     """Score a task's columns of the prediction table (N, outputs): the most probable class, valence and arousal as
-    they are, action units at their thresholds."""
+    they are, action units from .5 on."""
     if task.kind == "affect":
         return affect_scores(labels, predictions)
     if task.kind == "units":
-        return unit_scores(labels, predictions >= thresholds)
+        return unit_scores(labels, predictions >= 0.5)
     return expression_scores(labels, predictions.argmax(axis=1).astype(np.int64), len(task.outputs))

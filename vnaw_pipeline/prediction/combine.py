@@ -22,7 +22,7 @@ from vnaw_pipeline.prediction.smooth import Probabilities
 from vnaw_pipeline.prediction.tables import COMPOSITE, PredictedRun, finish_table, open_predicted
 from vnaw_pipeline.provenance import atomic_path, differences, digest_bytes, write_json
 from vnaw_pipeline.stages import StageReport
-from vnaw_pipeline.tasks import TASKS, TaskName
+from vnaw_pipeline.tasks import TASKS, Task
 
 How = Literal["mean", "hard", "soft"]
 
@@ -40,21 +40,21 @@ def combine_runs(run_dirs: Sequence[Path], how: How, out: Path, split: str, *, t
     """
     started = time.monotonic()
     members = [open_predicted(path) for path in run_dirs]
-    task = TASKS[composed_task(members, how)]
+    tasks = composed_tasks(members, how)
     members = sorted(members, key=lambda member: member.task.name) if how != "mean" else members  # coarse5 first
     tables = [read_predictions(member.folder.predictions(split), member.task) for member in members]
     tables = aligned(tables, [str(member.folder.path) for member in members])
     answers = combine(
-        [table[of.task.probability_columns].to_numpy(np.float32) for table, of in zip(tables, members, strict=True)],
+        [table[of.columns].to_numpy(np.float32) for table, of in zip(tables, members, strict=True)],
         how,
     )
-    _begin(out, members, how, task.name)
+    _begin(out, members, how, tasks)
     composed = open_predicted(out)
     raw = tables[0][["video_id", "frame_index"]].assign(
         valid=np.any([table["valid"] for table in tables], axis=0),
-        **dict(zip(task.probability_columns, answers.T, strict=True)),
+        **dict(zip(composed.columns, answers.T, strict=True)),
     )
-    final = finish_table(raw, composed.class_shares, composed.tuned() if tuned else PredictConfig(), task)
+    final = finish_table(raw, composed, composed.tuned() if tuned else PredictConfig())
     for path, table in ((composed.folder.raw_predictions(split), raw), (composed.folder.predictions(split), final)):
         with atomic_path(path) as partial:
             table.to_parquet(partial, index=False)
@@ -71,21 +71,21 @@ def combine(answers: Sequence[Probabilities], how: How) -> Probabilities:
     return (hard_cascade if how == "hard" else soft_cascade)(coarse, negative)
 
 
-def composed_task(members: Sequence[PredictedRun], how: How) -> TaskName:
-    """The task of the composed run.
+def composed_tasks(members: Sequence[PredictedRun], how: How) -> tuple[Task, ...]:
+    """The tasks of the composed run.
 
     Raises:
         ConfigError: members that cannot be combined so.
     """
-    tasks = [member.task.name for member in members]
-    found = ", ".join(f"{member.folder.path} ({member.task.name})" for member in members)
+    tasks = [" + ".join(task.name for task in member.tasks) for member in members]
+    found = ", ".join(f"{member.folder.path} ({names})" for member, names in zip(members, tasks, strict=True))
     if how == "mean":
         if len(members) < 2 or len(set(tasks)) > 1:
-            raise ConfigError(f"A mean takes two or more runs of the same task; given are {found}.")
-        return tasks[0]
+            raise ConfigError(f"A mean takes two or more runs of the same tasks; given are {found}.")
+        return members[0].tasks
     if sorted(tasks) != ["coarse5", "negative4"]:
         raise ConfigError(f"A {how} cascade takes one run of coarse5 and one of negative4; given are {found}.")
-    return "expr8"
+    return (TASKS["expr8"],)
 
 
 def aligned(tables: Sequence[pd.DataFrame], names: Sequence[str]) -> list[pd.DataFrame]:
@@ -117,15 +117,15 @@ def _unlike(one: pd.DataFrame, other: pd.DataFrame, one_name: str, other_name: s
     return listing([heading, *(lines or ["  as many frames a video, but not the same ones, or some twice"])])
 
 
-def _begin(out: Path, members: Sequence[PredictedRun], how: How, task: TaskName) -> None:
+def _begin(out: Path, members: Sequence[PredictedRun], how: How, tasks: Sequence[Task]) -> None:
     """Make the folder of the composed run, or find the same composition in it."""
     folds = {member.fold for member in members}
-    shares: list[npt.NDArray[np.float32]] = [member.class_shares[None] for member in members]
+    without_any: list[npt.NDArray[np.float32]] = [member.without_any[None] for member in members]
     content: dict[str, Any] = {
         "how": how,
-        "task": task,
+        "tasks": [task.name for task in tasks],
         "fold": folds.pop() if len(folds) == 1 else None,
-        "class_shares": combine(shares, how)[0].tolist(),
+        "without_any": combine(without_any, how)[0].tolist(),
         "members": [{"name": member.folder.path.name, "digest": member.digest} for member in members],
     }
     path = out / COMPOSITE

@@ -10,7 +10,7 @@ import pandas as pd
 from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.manifests import read_labels, read_manifest
-from vnaw_pipeline.metrics import AffectScores, ExpressionScores, Scores, Thresholds, score_predictions
+from vnaw_pipeline.metrics import AffectScores, ExpressionScores, Scores, score_predictions
 from vnaw_pipeline.prediction.predict import read_predictions
 from vnaw_pipeline.tasks import TASKS, ExpressionTask, Task, TaskName
 
@@ -20,7 +20,7 @@ def evaluate_predictions(
     manifest: Path | pd.DataFrame,
     annotations_dir: Path,
     predictions: Path | pd.DataFrame,
-    task_name: TaskName = "expr8",
+    task_name: ExpressionTask = "expr8",
     split: str = "validation",
     fold: int | None = None,
 ) -> ExpressionScores: ...
@@ -34,7 +34,6 @@ def evaluate_predictions(
     task_name: TaskName,
     split: str = "validation",
     fold: int | None = None,
-    thresholds: Thresholds = 0.5,
 ) -> Scores: ...
 
 
@@ -45,11 +44,10 @@ def evaluate_predictions(
     task_name: TaskName = "expr8",
     split: str = "validation",
     fold: int | None = None,
-    thresholds: Thresholds = 0.5,
 ) -> Scores:
     """Score a task's predictions against the annotations of a split; frames that are not annotated are left out.
 
-    With `fold` the split is as that fold of the manifest has it. `thresholds` are those of action units.
+    With `fold` the split is as that fold of the manifest has it.
 
     Raises:
         DataError: a labelled frame without a prediction, unusable annotations or predictions.
@@ -65,9 +63,7 @@ def evaluate_predictions(
         raise DataError(f"The videos in split '{split}' have no annotations of task '{task.name}' to score against.")
     table = read_predictions(predictions, task) if isinstance(predictions, Path) else predictions
     predicted = predictions_by_video(table, {video_id: len(of_video) for video_id, of_video in labels.items()}, task)
-    return score_predictions(
-        task, np.concatenate(list(labels.values())), np.concatenate(list(predicted.values())), thresholds
-    )
+    return score_predictions(task, np.concatenate(list(labels.values())), np.concatenate(list(predicted.values())))
 
 
 def predictions_by_video(

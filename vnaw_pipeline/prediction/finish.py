@@ -4,14 +4,17 @@ The decision stays in the probabilities (arg max of classes, .5 of units), so th
 read one table and cannot differ. `T` frames of one video, `K` columns.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from vnaw_pipeline.config import PredictConfig
 from vnaw_pipeline.errors import ConfigError
 from vnaw_pipeline.prediction.bias import apply_bias
-from vnaw_pipeline.prediction.smooth import Kind, Probabilities, fill_gaps, smooth
+from vnaw_pipeline.prediction.smooth import Probabilities, fill_gaps, smooth
 from vnaw_pipeline.prediction.thresholds import apply_thresholds
+from vnaw_pipeline.tasks import Task, TaskKind, output_columns
 
 
 def finish_video(
@@ -19,7 +22,7 @@ def finish_video(
     valid: npt.NDArray[np.bool_],
     without_any: npt.NDArray[np.float32],
     config: PredictConfig,
-    kind: Kind,
+    kind: TaskKind,
 ) -> Probabilities:
     """A video's final answers, (T, K) -> (T, K); `valid` (T,), `without_any` (K,) for a video without any valid frame.
 
@@ -29,7 +32,22 @@ def finish_video(
     return decide(smooth(fill_gaps(raw, valid, without_any), config.smooth, kind), config, kind)
 
 
-def decide(answers: Probabilities, config: PredictConfig, kind: Kind) -> Probabilities:
+def finish_answers(
+    raw: npt.NDArray[np.float32],
+    valid: npt.NDArray[np.bool_],
+    without_any: npt.NDArray[np.float32],
+    config: PredictConfig,
+    tasks: Sequence[Task],
+) -> npt.NDArray[np.float32]:
+    """`finish_video` for each of the tasks whose columns lie side by side, (T, C) -> (T, C)."""
+    parts = [
+        finish_video(raw[:, columns], valid, without_any[columns], config, task.kind)
+        for task, columns in zip(tasks, output_columns(tasks).values(), strict=True)
+    ]
+    return np.concatenate(parts, axis=1)
+
+
+def decide(answers: Probabilities, config: PredictConfig, kind: TaskKind) -> Probabilities:
     """Shift probabilities by the config's bias (classes) or thresholds (units), if there are any; (T, K) -> (T, K)."""
     if kind == "classes" and config.bias is not None:
         _require_columns("bias", len(config.bias), answers.shape[1])

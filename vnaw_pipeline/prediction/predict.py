@@ -1,8 +1,8 @@
 """Stage `predict`. Reads a run and a feature store, writes one row per frame; replaces its tables whole.
 
 Columns: `video_id, frame_index, valid`, and those of every task of the run: `p_<class>...`, `valence, arousal`,
-`p_<unit>...`. Every frame of every video has its row, also those without a face
-and those of a video shorter than a window.
+`p_<unit>...`. Every frame of every video has its row, also those without a face and those of a video shorter than a
+window.
 """
 
 import time
@@ -19,7 +19,7 @@ from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.manifests import read_manifest
-from vnaw_pipeline.prediction.finish import finish_video
+from vnaw_pipeline.prediction.finish import finish_answers
 from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.processes import process_state, sum_over_processes
 from vnaw_pipeline.provenance import atomic_path
@@ -95,10 +95,7 @@ def finish_probabilities(
     bounds = bank.first.tolist()
     finished = np.empty_like(raw)
     for start, stop in pairwise(bounds):
-        for columns, task in zip(output_columns(tasks).values(), tasks, strict=True):
-            finished[start:stop, columns] = finish_video(
-                raw[start:stop, columns], valid[start:stop], without_any[columns], config, task.kind
-            )
+        finished[start:stop] = finish_answers(raw[start:stop], valid[start:stop], without_any, config, tasks)
     return finished
 
 

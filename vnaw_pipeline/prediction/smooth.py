@@ -4,18 +4,15 @@
 video.
 """
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import median_filter
 
 from vnaw_pipeline.config import SmoothConfig
 from vnaw_pipeline.errors import ConfigError
+from vnaw_pipeline.tasks import TaskKind
 
 Probabilities = npt.NDArray[np.float32]
-Kind = Literal["classes", "affect", "units"]
-"""What the columns are, as `Task.kind`: probabilities that add up to 1, two dimensions, or probabilities of units."""
 
 
 def fill_gaps(
@@ -37,7 +34,7 @@ def fill_gaps(
     return filled
 
 
-def smooth(answers: Probabilities, config: SmoothConfig, kind: Kind) -> Probabilities:
+def smooth(answers: Probabilities, config: SmoothConfig, kind: TaskKind) -> Probabilities:
     """Smooth a video's answers as the config says, (T, K) -> (T, K); class probabilities keep adding up to 1.
 
     Raises:

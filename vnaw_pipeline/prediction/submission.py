@@ -13,7 +13,6 @@ import pandas as pd
 
 from vnaw_pipeline.annotations import image_name
 from vnaw_pipeline.errors import DataError, listing
-from vnaw_pipeline.metrics import Thresholds
 from vnaw_pipeline.provenance import atomic_path
 from vnaw_pipeline.tasks import Task
 from vnaw_pipeline.template import Template, read_template
@@ -27,13 +26,11 @@ _POSSIBLE = {
 """What may stand after an image."""
 
 
-def write_submission(
-    predictions: pd.DataFrame, template: Path, out: Path, task: Task, thresholds: Thresholds = 0.5
-) -> int:
+def write_submission(predictions: pd.DataFrame, template: Path, out: Path, task: Task) -> int:
     """Answer every line of a template; the number of lines written.
 
     An answer is the most probable class; or valence and arousal, clipped to [-1, 1], to four decimals; or which action
-    units reach their `thresholds`. `predictions` has `video_id`, `frame_index` and the task's columns; frames that the
+    units reach .5. `predictions` has `video_id`, `frame_index` and the task's columns; frames that the
     template does not ask for are left out. The file is read back and compared before it takes its name.
 
     Raises:
@@ -43,7 +40,7 @@ def write_submission(
     if task.from_expr8 is not None:
         raise DataError(f"A submission of task {task.name} cannot be written; expr8, va and au can be submitted.")
     asked = read_template(template, task)
-    answers = _answers(_asked_predictions(predictions, asked, task), task, thresholds)
+    answers = _answers(_asked_predictions(predictions, asked, task), task)
     images = _image_locations(asked.frames)
     lines = [asked.header, *(f"{image},{answer}" for image, answer in zip(images, answers, strict=True))]
     with atomic_path(out) as partial:
@@ -76,12 +73,12 @@ def _verify(path: Path, asked: Template, task: Task) -> int:
     return len(asked.frames)
 
 
-def _answers(predicted: npt.NDArray[np.float64], task: Task, thresholds: Thresholds) -> list[str]:
+def _answers(predicted: npt.NDArray[np.float64], task: Task) -> list[str]:
     """What stands after the image on each line, from the task's columns (lines, outputs)."""
     if task.kind == "classes":
         return [str(code) for code in predicted.argmax(axis=1).tolist()]
     if task.kind == "units":
-        return [",".join(row) for row in np.where(predicted >= thresholds, "1", "0").tolist()]
+        return [",".join(row) for row in np.where(predicted >= 0.5, "1", "0").tolist()]
     # Of four decimals, repr never makes an exponent; adding 0 turns -0.0 into 0.0.
     return [f"{valence!r},{arousal!r}" for valence, arousal in (predicted.clip(-1, 1).round(4) + 0.0).tolist()]
 

@@ -17,7 +17,7 @@ from vnaw_pipeline.checkpoints import read_header
 from vnaw_pipeline.config import PipelineConfig, PredictConfig
 from vnaw_pipeline.errors import CheckpointError
 from vnaw_pipeline.folds import fold_split
-from vnaw_pipeline.prediction.finish import finish_video
+from vnaw_pipeline.prediction.finish import finish_answers
 from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.tasks import TASKS, Task
@@ -29,16 +29,27 @@ COMPOSITE, TUNED = "composite.json", "tuned.json"
 class PredictedRun:
     """A run as its tables' readers see it.
 
-    `predict` is how it finishes its answers unless told otherwise, `class_shares` (K,) what a video without any face
-    gets, `digest` that of the model or of the composition.
+    `tasks` are the main one and what it was learnt with, `predict` how it finishes its answers unless told otherwise,
+    `without_any` (C,) what a video without any face gets, over the columns of all tasks, `digest` that of the model or
+    of the composition.
     """
 
     folder: RunFolder
-    task: Task
+    tasks: tuple[Task, ...]
     predict: PredictConfig
     fold: int | None
-    class_shares: npt.NDArray[np.float32]
+    without_any: npt.NDArray[np.float32]
     digest: str
+
+    @property
+    def task(self) -> Task:
+        """The main task."""
+        return self.tasks[0]
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the tables that hold the answers, of all tasks."""
+        return [name for task in self.tasks for name in task.prediction_columns]
 
     def split_videos(self, videos: pd.DataFrame) -> pd.DataFrame:
         """The manifest with the splits that this run was trained with: those of its fold, if it had one."""
@@ -67,8 +78,9 @@ def open_predicted(path: str | Path) -> PredictedRun:
     if (folder.path / COMPOSITE).is_file():
         content = _read_json(folder.path / COMPOSITE, "")
         digest = digest_bytes(json.dumps(content, sort_keys=True).encode())
-        shares = np.asarray(content["class_shares"], np.float32)
-        return PredictedRun(folder, TASKS[content["task"]], PredictConfig(), content["fold"], shares, digest)
+        tasks = tuple(TASKS[name] for name in content["tasks"])
+        without_any = np.asarray(content["without_any"], np.float32)
+        return PredictedRun(folder, tasks, PredictConfig(), content["fold"], without_any, digest)
     if not folder.config.is_file():
         raise CheckpointError(f"{folder.path} is not a run folder: it has no config.yaml. Make one with `vnaw train`.")
     header = read_header(folder.best)
@@ -78,24 +90,22 @@ def open_predicted(path: str | Path) -> PredictedRun:
         config = PipelineConfig.model_validate(header["config"])
     except (ValidationError, KeyError) as error:
         raise CheckpointError(f"{folder.best} was not written by this version of the program: {error}") from error
-    shares = np.asarray(header["class_shares"], np.float32)
+    without_any = np.asarray(header["without_any"], np.float32)
     digest = digest_bytes(folder.best.read_bytes())
-    return PredictedRun(folder, TASKS[config.task], config.predict, header["fold"], shares, digest)
+    return PredictedRun(folder, config.tasks, config.predict, header["fold"], without_any, digest)
 
 
-def finish_table(
-    raw: pd.DataFrame, class_shares: npt.NDArray[np.float32], config: PredictConfig, task: Task
-) -> pd.DataFrame:
-    """A table of raw answers as the final one: gaps filled, smoothed, decisions shifted, video by video.
+def finish_table(raw: pd.DataFrame, run: PredictedRun, config: PredictConfig) -> pd.DataFrame:
+    """A run's table of raw answers as the final one: gaps filled, smoothed, decisions shifted, video by video.
 
     The frames of a video stand in their order.
     """
-    given = raw[task.probability_columns].to_numpy(dtype=np.float32)
+    given = raw[run.columns].to_numpy(dtype=np.float32)
     valid = raw["valid"].to_numpy(dtype=np.bool_)
     final = np.empty_like(given)
     for rows in raw.groupby("video_id", sort=False, observed=True).indices.values():
-        final[rows] = finish_video(given[rows], valid[rows], class_shares, config, task.kind)
-    return raw.assign(**dict(zip(task.probability_columns, final.T, strict=True)))
+        final[rows] = finish_answers(given[rows], valid[rows], run.without_any, config, run.tasks)
+    return raw.assign(**dict(zip(run.columns, final.T, strict=True)))
 
 
 def _read_json(path: Path, missing: str) -> dict[str, Any]:

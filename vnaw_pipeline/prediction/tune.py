@@ -14,30 +14,28 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
 
 from vnaw_pipeline.annotations import Labels, labelled
 from vnaw_pipeline.config import PredictConfig, SmoothConfig
 from vnaw_pipeline.errors import DataError
-from vnaw_pipeline.losses.affect import concordance
 from vnaw_pipeline.manifests import read_labels, read_manifest
-from vnaw_pipeline.metrics import expression_scores
+from vnaw_pipeline.metrics import score_predictions
 from vnaw_pipeline.prediction.bias import best_bias
 from vnaw_pipeline.prediction.finish import decide, finish_video
 from vnaw_pipeline.prediction.predict import read_predictions
-from vnaw_pipeline.prediction.smooth import Kind, Probabilities
+from vnaw_pipeline.prediction.smooth import Probabilities
 from vnaw_pipeline.prediction.tables import TUNED, PredictedRun, open_predicted
 from vnaw_pipeline.prediction.thresholds import best_thresholds
 from vnaw_pipeline.provenance import digest_bytes, utc_now, write_json
 from vnaw_pipeline.stages import StageReport, progress_bar
-from vnaw_pipeline.tasks import Task
+from vnaw_pipeline.tasks import Task, TaskKind, output_columns
 
 HALF_WIDTHS = (3, 10, 20, 50, 100)
 """Half-widths to choose from, in frames. At 30 frames a second: a tenth of a second to more than three seconds."""
 SHARES = (0.5, 0.8)
 """Shares of the mean to choose from, for smooth predicting; 1 is the mean itself."""
 _PARTS = 5
-_METRICS = {"classes": "macro_f1", "affect": "mean_ccc", "units": "mean_f1"}
+_DECISIONS = {"classes": "bias", "units": "thresholds"}
 
 
 @dataclass(frozen=True)
@@ -81,55 +79,67 @@ def tune_run(
             f"The split '{split}' {why}; tuning is done on 'validation' only (of a fold's run, the fold's)."
         )
     run = open_predicted(run_dir)
-    task = run.task
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
     videos = videos[run.split_videos(videos)["split"] == split]
-    labels = read_labels(videos, annotations_dir, task)
-    if not any(labelled(of_video).any() for of_video in labels.values()):
-        raise DataError(f"No frame of the split '{split}' has a label for task '{task.name}' to tune on.")
-    raw = read_predictions(run.folder.raw_predictions(split), task)
     source_videos = dict(zip(videos["video_id"], videos["source_video"], strict=True))
-    tuning = tune(_tuning_videos(raw, labels, source_videos, task), run.class_shares, run.predict, task.kind)
-    digest = digest_bytes(*(video_id.encode() + of_video.tobytes() for video_id, of_video in labels.items()))
+    predict, candidates = run.predict, smoothings(run.predict.smooth, run.tasks)
+    tunings, tuned_on = {}, {}
+    for task, columns in zip(run.tasks, output_columns(run.tasks).values(), strict=True):
+        labels = read_labels(videos, annotations_dir, task)
+        annotated = sum(int(labelled(of_video).sum()) for of_video in labels.values())
+        if not annotated:
+            raise DataError(f"No frame of the split '{split}' has a label for task '{task.name}' to tune on.")
+        raw = read_predictions(run.folder.raw_predictions(split), task)
+        tuning_videos = _tuning_videos(raw, labels, source_videos, task)
+        tunings[task] = tune(tuning_videos, run.without_any[columns], predict, task, candidates)
+        predict = tunings[task].predict
+        candidates = [predict.smooth]  # the main task's; what it was learnt with keeps it
+        digest = digest_bytes(*(video_id.encode() + of_video.tobytes() for video_id, of_video in labels.items()))
+        tuned_on[task.name] = {"labels": digest, "videos": len(labels), "frames": annotated}
     write_json(
         run.folder.path / TUNED,
         {
-            "predict": tuning.predict.model_dump(mode="json", include={"smooth", "bias", "thresholds"}),
+            "predict": predict.model_dump(mode="json", include={"smooth", "bias", "thresholds"}),
             "digest": run.digest,
-            "tuned_on": {
-                "split": split,
-                "fold": run.fold,
-                "labels": digest,
-                "videos": len(labels),
-                "frames": sum(int(labelled(of_video).sum()) for of_video in labels.values()),
-            },
+            "tuned_on": {"split": split, "fold": run.fold, **tuned_on},
             "score": {
-                "metric": _METRICS[task.kind],
-                "before": tuning.before,
-                "after": tuning.after,
-                "cross_tuned": tuning.cross_tuned,
-                "parts_of_source_videos": tuning.parts,
+                task.name: {
+                    "metric": task.metric,
+                    "before": tuning.before,
+                    "after": tuning.after,
+                    "cross_tuned": tuning.cross_tuned,
+                    "parts_of_source_videos": tuning.parts,
+                }
+                for task, tuning in tunings.items()
             },
             "written": utc_now(),
         },
     )
     _note_in_record(run, split)
-    honest = "one source video only" if tuning.cross_tuned is None else f"{100 * tuning.cross_tuned:.2f}"
     return StageReport(
         "tune",
-        done=len(labels),
+        done=len(videos),
         seconds=time.monotonic() - started,
-        notes=[
-            f"{_METRICS[task.kind]} x 100 on validation: {100 * tuning.before:.2f} before, {100 * tuning.after:.2f} "
-            f"after on the frames tuned on, {honest} with values from other source videos",
-        ],
+        notes=[_in_words(task, tuning) for task, tuning in tunings.items()],
+    )
+
+
+def _in_words(task: Task, tuning: Tuning) -> str:
+    honest = "one source video only" if tuning.cross_tuned is None else f"{100 * tuning.cross_tuned:.2f}"
+    return (
+        f"{task.name}: {task.metric_title} on validation {100 * tuning.before:.2f} before, {100 * tuning.after:.2f} "
+        f"after on the frames tuned on, {honest} with values from other source videos"
     )
 
 
 def tune(
-    videos: Sequence[TuningVideo], class_shares: npt.NDArray[np.float32], untuned: PredictConfig, kind: Kind
+    videos: Sequence[TuningVideo],
+    without_any: npt.NDArray[np.float32],
+    untuned: PredictConfig,
+    task: Task,
+    candidates: Sequence[SmoothConfig],
 ) -> Tuning:
-    """Choose smoothing together with bias or thresholds; the earliest of equally good ones, the run's own first."""
+    """Choose one of the smoothings together with bias or thresholds; the earliest of equally good ones."""
     annotated = [labelled(video.labels) for video in videos]
     labels = np.concatenate([video.labels[chosen] for video, chosen in zip(videos, annotated, strict=True)])
     part_of_video = tuning_parts([video.source_video for video in videos], [int(of.sum()) for of in annotated])
@@ -137,65 +147,55 @@ def tune(
     num_parts = int(part_of_video.max()) + 1
 
     def finished(config: PredictConfig) -> Probabilities:
-        final = [finish_video(video.raw, video.valid, class_shares, config, kind) for video in videos]
+        final = [finish_video(video.raw, video.valid, without_any, config, task.kind) for video in videos]
         return np.concatenate([of_video[chosen] for of_video, chosen in zip(final, annotated, strict=True)])
+
+    def score_of(answers: Probabilities, labels: Labels) -> float:
+        return score_predictions(task, labels, answers).figures[task.metric]
 
     best: dict[int, tuple[float, PredictConfig]] = {}
     held_out: dict[int, Probabilities] = {}
     whole = -1  # no frame is of this part, so all are fitted on
-    candidates = smoothings(untuned.smooth, kind)
     with progress_bar("tune", len(candidates), "settings") as bar:
         for smoothing in candidates:
-            plain = untuned.model_copy(update={"smooth": smoothing, "bias": None, "thresholds": None})
+            plain = untuned.model_copy(update={"smooth": smoothing, _DECISIONS.get(task.kind, "bias"): None})
             answers = finished(plain)
             for left_out in (whole, *(range(num_parts) if num_parts > 1 else ())):
                 used = part != left_out
-                config = fit_decision(answers[used], labels[used], plain, kind)
-                score = score_of(decide(answers[used], config, kind), labels[used], kind)
+                config = fit_decision(answers[used], labels[used], plain, task.kind)
+                score = score_of(decide(answers[used], config, task.kind), labels[used])
                 if left_out not in best or score > best[left_out][0]:
                     best[left_out] = (score, config)
-                    held_out[left_out] = decide(answers[~used], config, kind)
+                    held_out[left_out] = decide(answers[~used], config, task.kind)
             bar.advance(1)
     cross_tuned = None
     if num_parts > 1:
         mixed = np.empty_like(answers)
         for left_out in range(num_parts):
             mixed[part == left_out] = held_out[left_out]
-        cross_tuned = score_of(mixed, labels, kind)
+        cross_tuned = score_of(mixed, labels)
     after, predict = best[whole]
-    return Tuning(predict, score_of(finished(untuned), labels, kind), after, cross_tuned, num_parts)
+    return Tuning(predict, score_of(finished(untuned), labels), after, cross_tuned, num_parts)
 
 
-def smoothings(first: SmoothConfig, kind: Kind) -> list[SmoothConfig]:
-    """The settings to try, `first` first; a mode filter only where there are classes."""
+def smoothings(first: SmoothConfig, tasks: Sequence[Task]) -> list[SmoothConfig]:
+    """The settings to try, `first` first; a mode filter only where there are classes and nothing else."""
     found = [first, SmoothConfig()]
     for half_width in HALF_WIDTHS:
         found += [SmoothConfig(kind="mean", half_width=half_width), SmoothConfig(kind="median", half_width=half_width)]
         found += [SmoothConfig(kind="sp", half_width=half_width, share=share) for share in SHARES]
-        if kind == "classes":
+        if all(task.kind == "classes" for task in tasks):
             found.append(SmoothConfig(kind="mode", half_width=half_width))
     return found
 
 
-def fit_decision(answers: Probabilities, labels: Labels, config: PredictConfig, kind: Kind) -> PredictConfig:
+def fit_decision(answers: Probabilities, labels: Labels, config: PredictConfig, kind: TaskKind) -> PredictConfig:
     """The config with the bias (classes) or the thresholds (units) that suit these frames best."""
     if kind == "classes":
         return config.model_copy(update={"bias": tuple(best_bias(answers, labels).tolist())})
     if kind == "units":
         return config.model_copy(update={"thresholds": tuple(best_thresholds(answers, labels).tolist())})
     return config
-
-
-def score_of(answers: Probabilities, labels: Labels, kind: Kind) -> float:
-    """The task's score over labelled frames (N, K), (N, ...): macro-F1, mean CCC, or mean F1 of units."""
-    if kind == "classes":
-        return expression_scores(labels, answers.argmax(axis=1).astype(np.int64), answers.shape[1]).macro_f1
-    if kind == "affect":
-        return float(concordance(torch.from_numpy(answers).double(), torch.from_numpy(labels).double()).mean())
-    shown = answers >= 0.5
-    right = (shown & (labels == 1)).sum(axis=0)
-    either = shown.sum(axis=0) + (labels == 1).sum(axis=0)
-    return float(np.divide(2 * right, either, out=np.zeros(len(right)), where=either > 0).mean())
 
 
 def tuning_parts(source_videos: Sequence[str], frames: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -223,7 +223,7 @@ def _tuning_videos(
                 f"The raw predictions hold {len(rows)} rows for '{video_id}', which has {len(of_video)} frames; every "
                 "frame needs exactly one. Run `vnaw predict` with this manifest."
             )
-        answers = rows[task.probability_columns].to_numpy(dtype=np.float32)
+        answers = rows[task.prediction_columns].to_numpy(dtype=np.float32)
         valid = rows["valid"].to_numpy(dtype=np.bool_)
         videos.append(TuningVideo(source_videos[video_id], answers, valid, of_video))
     return videos
