@@ -243,14 +243,24 @@ class TemporalConfig(_Section):
     heads: int = Field(default=1, gt=0)
     feed_forward: int = Field(default=512, gt=0)
     dropout: float = Field(default=0.6, ge=0, lt=1)
-    position: Literal["none", "sinusoidal"] = "none"
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Stochastic depth: chance that a window passes by the parts of the last layer, less in those before it."""
+    position: Literal["none", "sinusoidal", "rotary"] = "none"
+    """`sinusoidal` codes are added to the frames; `rotary` ones turn queries and keys, so that only distances count."""
     causal: bool = False
-    """A frame attends to itself and earlier frames only."""
+    """A frame sees itself and earlier frames only."""
+    tcn_blocks: int = Field(default=0, ge=0)
+    """Blocks of temporal convolutions in front of the Transformer, each dilated twice as much as the one before it."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.position == "rotary" and self.width // self.heads % 2:
+            raise ValueError(
+                f"position rotary turns pairs of channels, but width {self.width} over {self.heads} heads leaves "
+                f"{self.width // self.heads} channels a head; make that even"
+            )
         return self
 
 
