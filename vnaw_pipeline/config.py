@@ -214,6 +214,15 @@ class SkipConfig(_Section):
         return self
 
 
+class MaskingConfig(_Section):
+    """Random masking of a training window's input (Transformers with Random Masking)."""
+
+    mode: Literal["none", "frames", "elements"] = "none"
+    """`frames`: whole embeddings are zeroed, the paper's; `elements`: single numbers in them, its other variant."""
+    probability: float = Field(default=0.5, gt=0, lt=1)
+    """Chance of each frame, or of each element."""
+
+
 class WindowConfig(_Section):
     """How videos are cut into windows."""
 
@@ -225,6 +234,7 @@ class WindowConfig(_Section):
     skip: SkipConfig = SkipConfig()
     erase_share: float = Field(default=0.2, ge=0, lt=1)
     """Share of embedding channels set to zero, the same for all frames of a training window (Eq. 4, 5); 0: none."""
+    random_masking: MaskingConfig = MaskingConfig()
 
     @model_validator(mode="after")
     def _windows_cover_every_frame(self) -> Self:
@@ -292,8 +302,9 @@ class TrainConfig(_Section):
     """Forward passes a step is split into; the result is the same, the memory smaller."""
     windows_per_epoch: int | None = Field(default=None, gt=0)
     """Draws per epoch; null: as many as there are training windows."""
-    sampling: Literal["balanced", "uniform"] = "balanced"
-    """`balanced`: each class of window label is drawn equally often, with replacement."""
+    sampling: Literal["balanced", "square-root", "uniform"] = "balanced"
+    """Draws with replacement: classes of window label equally often, or by the square root of their size; `uniform`
+    takes each window once."""
     learning_rate: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_share: float = Field(default=0.0, ge=0, lt=1)

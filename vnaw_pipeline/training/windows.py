@@ -28,7 +28,7 @@ from vnaw_pipeline.stages import StageReport
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, Task
 from vnaw_pipeline.temporal import TemporalModel
 from vnaw_pipeline.training.loop import SCORE, Optimisation, Recipe, fit, seed_of, split_step
-from vnaw_pipeline.windows.augment import channel_mask, skip_frames
+from vnaw_pipeline.windows.augment import channel_mask, erase_channels, mask_input, skip_frames, window_seeds
 from vnaw_pipeline.windows.batches import WindowBatch, gather_windows
 from vnaw_pipeline.windows.plan import (
     WindowPlan,
@@ -203,9 +203,10 @@ def _epoch_steps(
     state = process_state()
     generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
     row_labels, first = train.row_labels.cpu(), train.bank.first.cpu()
-    if config.train.sampling == "balanced":
+    if config.train.sampling != "uniform":
         rows = window_rows(plan, first, config.windows.window_frames, train.bank.zero_row)
-        weights = balanced_weights(window_labels(row_labels[rows], len(task.outputs)), len(task.outputs))
+        power = 1.0 if config.train.sampling == "balanced" else 0.5
+        weights = balanced_weights(window_labels(row_labels[rows], len(task.outputs)), len(task.outputs), power)
         drawn = torch.multinomial(weights, per_epoch, replacement=True, generator=generator)
     else:
         repeats = -(-per_epoch // len(plan))
@@ -216,13 +217,17 @@ def _epoch_steps(
             plan.select(of_step), first, row_labels, config.windows.window_frames, config.windows.skip, augmentation
         )
         keep = channel_mask(len(of_step), train.bank.embedding_dim, config.windows.erase_share, augmentation)
+        seeds = window_seeds(len(of_step), augmentation)
         batches = []
         parts = split_step(
             torch.arange(len(of_step)), state.process_index, state.num_processes, config.train.accumulation
         )
         for part in parts:
             batch = gather_windows(train.bank, train.row_labels, rows[part], plan.video[of_step[part]])
-            batches.append(batch._replace(embeddings=batch.embeddings * keep[part][:, None].to(batch.embeddings)))
+            embeddings = erase_channels(batch.embeddings, keep[part])
+            batches.append(
+                batch._replace(embeddings=mask_input(embeddings, seeds[part], config.windows.random_masking))
+            )
         yield batches
 
 
