@@ -80,7 +80,7 @@ def test_start_values_are_torchs() -> None:
 
 
 @every_variant
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 10_000), stuff=st.sampled_from([100.0, -1e30, math.inf, math.nan]))
 def test_what_stands_at_invalid_frames_changes_nothing(variant: dict[str, Any], seed: int, stuff: float) -> None:
     model = model_of(**variant)
@@ -93,7 +93,7 @@ def test_what_stands_at_invalid_frames_changes_nothing(variant: dict[str, Any], 
 
 
 @every_variant
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 10_000), now=st.integers(0, 7))
 def test_causal_frames_do_not_see_the_future_and_others_do(variant: dict[str, Any], seed: int, now: int) -> None:
     model = model_of(**variant)

@@ -196,15 +196,22 @@ def test_it_can_learn_two_windows_by_heart(
         ("loss", {"preset": "public-code"}),
         ("loss", {"normalised": False}),
         ("loss", {"weights_carry_gradient": True}),
+        ("loss", {"mix": "one-plus"}),
         ("loss", {"lam_a": 0.1}),
+        ("loss", {"naw_from": 0.5}),
         ("loss", {"label_smoothing": 0.2}),
+        ("loss", {"objective": "focal"}),
+        ("loss", {"objective": "gce"}),
+        ("loss", {"objective": "elr"}),
+        ("loss", {"objective": "bootstrap"}),
+        ("loss", {"weighting": "class"}),
+        ("loss", {"weighting": "complement"}),
         ("windows", {"erase_share": 0.5}),
         ("windows", {"skip": {"mode": "mask"}}),
         ("windows", {"skip": {"mode": "resample"}}),
         ("windows", {"skip": {"mode": "drop", "share": [0.7, 0.8]}}),
         ("windows", {"random_masking": {"mode": "frames"}}),
         ("windows", {"random_masking": {"mode": "elements"}}),
-        ("windows", {"random_masking": {"mode": "elements", "probability": 0.2}}),
         ("windows", {"train_stride": 10}),
         ("temporal", {"position": "sinusoidal"}),
         ("temporal", {"position": "rotary"}),
@@ -233,6 +240,62 @@ def test_every_value_changes_the_training(
     """No flag that nothing reads."""
     train(drawn, drawn_store, tmp_path / "a", changed(tiny_config, section, **values))
     assert losses(tmp_path / "a") != reference_losses
+
+
+@pytest.mark.parametrize(
+    ("section", "choice", "values"),
+    [
+        ("loss", {"objective": "focal"}, {"focal_gamma": 1.0}),
+        ("loss", {"objective": "gce"}, {"gce_q": 0.2}),
+        ("loss", {"objective": "elr"}, {"elr_weight": 1.0}),
+        ("loss", {"objective": "elr"}, {"level": "window"}),
+        ("loss", {"objective": "bootstrap"}, {"bootstrap_beta": 0.5}),
+        ("loss", {"level": "window"}, {"mix": "one-plus"}),
+        ("windows", {"skip": {"mode": "resample"}}, {"skip": {"mode": "resample", "speed": [0.9, 1.1]}}),
+        (
+            "windows",
+            {"random_masking": {"mode": "elements"}},
+            {"random_masking": {"mode": "elements", "probability": 0.2}},
+        ),
+    ],
+)
+def test_every_value_of_a_choice_changes_the_training(
+    section: str,
+    choice: dict[str, object],
+    values: dict[str, object],
+    drawn: DrawnData,
+    drawn_store: Path,
+    tiny_config: PipelineConfig,
+    tmp_path: Path,
+) -> None:
+    """Keys that only one objective or mode reads."""
+    train(drawn, drawn_store, tmp_path / "a", changed(tiny_config, section, **choice))
+    train(drawn, drawn_store, tmp_path / "b", changed(tiny_config, section, **{**choice, **values}))
+    assert losses(tmp_path / "a") != losses(tmp_path / "b")
+
+
+def test_remembered_predictions_survive_a_stop(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(tiny_config, "loss", objective="elr", level="window")
+    train(drawn, drawn_store, tmp_path / "whole", config)
+    real = RunFolder.write_metrics
+
+    def stop_after_two(self: RunFolder, history: list[dict[str, object]]) -> None:
+        real(self, history)
+        if len(history) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_metrics", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            train(drawn, drawn_store, tmp_path / "parts", config)
+    memory = load_tensors(tmp_path / "parts" / "checkpoint" / "last.safetensors")[0]["memory.predictions"]
+    assert ((memory > 0).all(dim=1) | (memory == 0).all(dim=1)).all()
+    assert (memory[:-1] > 0).any()
+    assert (memory[-1] == 0).all(), "the row of no frame is never remembered"
+    train(drawn, drawn_store, tmp_path / "parts", config)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")

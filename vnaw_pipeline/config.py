@@ -94,33 +94,43 @@ class ExtractConfig(_Section):
     """A name for these crops in the fingerprint. null: from `crops.json` of `vnaw crop`, else 'unnamed'."""
 
 
-class ImageLossConfig(_Section):
-    """What a single image costs, where labels may be wrong."""
+class ObjectiveConfig(_Section):
+    """What an image, a frame or a window costs, where labels may be wrong."""
 
-    objective: Literal["ce", "gce", "elr", "bootstrap"] = "ce"
-    """Cross-entropy; generalised cross-entropy; early-learning regularisation; soft bootstrapping."""
+    objective: Literal["ce", "focal", "gce", "elr", "bootstrap"] = "ce"
+    """Cross-entropy; focal loss; generalised cross-entropy; early-learning regularisation; soft bootstrapping."""
+    focal_gamma: float = Field(default=2.0, ge=0)
+    """focal: the higher, the less a unit costs that the model knows already."""
     gce_q: float = Field(default=0.7, gt=0, le=1)
     """gce: 1 is the mean absolute error, towards 0 it becomes cross-entropy."""
     elr_weight: float = Field(default=3.0, ge=0)
     bootstrap_beta: float = Field(default=0.95, gt=0, le=1)
     """bootstrap: share of the given label; the rest is the model's own prediction."""
-    weighting: Literal["none", "class", "naw"] = "none"
-    """`class`: inverse to the class's share of the labels; `naw`: by noise-aware adaptive weights."""
+    weighting: Literal["none", "class", "complement", "naw"] = "none"
+    """`class`: inverse to the class's share of the labels; `complement`: 1 - that share; `naw`: by noise-aware
+    adaptive weights."""
     preset: Literal["nla", "public-code"] = "nla"
-    """NAW's constants."""
+    """NAW's constants: those of its two Gaussians."""
     normalised: bool | None = None
-    """Gaussian's normaliser C; null: as the preset has it."""
+    """Gaussian's normaliser C; null: as the preset has it (nla: yes, public-code: no)."""
     weights_carry_gradient: bool = False
+    """Let the gradient flow through NAW's weights too, as the public code does."""
+    mix: Literal["one-plus", "lam"] = "lam"
+    """naw: `one-plus`: (1 + w) * loss; `lam`: lam_a * loss + (1 - lam_a) * w * loss."""
     lam_a: float = Field(default=0.5, ge=0, le=1)
-    """naw: lam_a * loss + (1 - lam_a) * w * loss."""
     naw_from: float = Field(default=0.0, ge=0, lt=1)
     """Share of training after which NAW's weights are used."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+class ImageLossConfig(ObjectiveConfig):
+    """What a single image costs."""
+
     transition: tuple[tuple[float, ...], ...] | None = None
     """Row i: how faces whose true class is i are labelled, as shares. The loss is then that of the label a face would
     get, not of its class (forward correction; with rows estimated from trusted faces, gold loss correction)."""
     consistency: float = Field(default=0.0, ge=0, lt=1)
     """lam: (1 - lam) * loss + lam * JSD between the predictions for an image and for its mirror image."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _transition_is_one(self) -> Self:
@@ -274,22 +284,14 @@ class TemporalConfig(_Section):
         return self
 
 
-class LossConfig(_Section):
-    """Objective over windows (the paper) or frames (the public code)."""
+class LossConfig(ObjectiveConfig):
+    """Objective over windows (the paper, which mixes by `one-plus`) or frames (the public code, by `lam`)."""
 
     level: Literal["window", "frame"] = "window"
-    weighting: Literal["naw", "none"] = "naw"
-    preset: Literal["nla", "public-code"] = "nla"
-    """Constants of the two Gaussians."""
-    normalised: bool | None = None
-    """Gaussian's normaliser C; null: as the preset has it (nla: yes, public-code: no)."""
-    weights_carry_gradient: bool = False
-    """Let the gradient flow through the weights too, as the public code does."""
-    lam_a: float = Field(default=0.5, ge=0, le=1)
-    """Frame level: lam_a * CE + (1 - lam_a) * w * CE. (Window level is the paper's (1 + w) * CE.)"""
+    weighting: Literal["none", "class", "complement", "naw"] = "naw"
+    mix: Literal["one-plus", "lam"] = "one-plus"
     min_labelled: float = Field(default=0.5, gt=0, le=1)
     """A training window with a smaller labelled share is not used."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
 
 class TrainConfig(_Section):

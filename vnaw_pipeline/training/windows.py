@@ -17,6 +17,7 @@ from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.store import FeatureStore, open_store
 from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.losses.expression import expression_loss
+from vnaw_pipeline.losses.objectives import class_weights, prediction_memory, update_memory
 from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.metrics import expression_scores
 from vnaw_pipeline.prediction.predict import finish_probabilities
@@ -96,7 +97,9 @@ def train_windows(
 
     plan = training_plan(train, config, task)
     per_epoch = config.train.windows_per_epoch or len(plan)
-    class_shares = _class_shares(train.row_labels, len(task.outputs))
+    class_counts = _class_counts(train.row_labels, len(task.outputs))
+    class_shares = [round(share, 6) for share in (class_counts / class_counts.sum()).tolist()]
+    memory = prediction_memory(config.loss, len(train.row_labels), len(task.outputs))
     header = {
         "kind": "temporal",
         "task": task.name,
@@ -114,10 +117,13 @@ def train_windows(
     recipe = Recipe(
         model=model,
         steps=partial(_epoch_steps, train, plan, config, task, per_epoch),
-        objective=partial(_objective, config),
+        objective=partial(
+            _objective, config, train.bank.first, class_weights(class_counts, config.loss.weighting), memory
+        ),
         evaluate=partial(_evaluate, validation, config, task, class_shares),
         header=header,
         label="train",
+        memory=memory,
     )
     optimisation = Optimisation(
         epochs=config.train.epochs,
@@ -191,9 +197,8 @@ def _labelled_bank(
     return LabelledBank(bank.to(state.device), torch.from_numpy(rows).to(state.device))
 
 
-def _class_shares(row_labels: Tensor, num_classes: int) -> list[float]:
-    counts = torch.bincount(row_labels[row_labels != IGNORE_LABEL], minlength=num_classes).double()
-    return [round(share, 6) for share in (counts / counts.sum()).tolist()]
+def _class_counts(row_labels: Tensor, num_classes: int) -> Tensor:
+    return torch.bincount(row_labels[row_labels != IGNORE_LABEL], minlength=num_classes).double()
 
 
 def _epoch_steps(
@@ -231,9 +236,25 @@ def _epoch_steps(
         yield batches
 
 
-def _objective(config: PipelineConfig, model: nn.Module, batch: WindowBatch, progress: float) -> tuple[Tensor, Tensor]:
+def _objective(
+    config: PipelineConfig,
+    first: Tensor,
+    weights: Tensor | None,
+    memory: dict[str, Tensor],
+    model: nn.Module,
+    batch: WindowBatch,
+    progress: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss sum and units of a batch; `memory` holds each bank row's moving average of predictions, if it is needed."""
     logits = model(batch.embeddings, batch.valid)
-    return expression_loss(logits, batch.labels, batch.valid, config.loss, progress)
+    remembered = None
+    if memory:
+        rows = first[batch.video][:, None] + batch.frame_index
+        update_memory(memory["predictions"], rows[batch.valid], logits[batch.valid])
+        remembered = memory["predictions"][rows]
+    return expression_loss(
+        logits, batch.labels, batch.valid, config.loss, progress, class_weights=weights, memory=remembered
+    )
 
 
 def _evaluate(
