@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,8 +25,10 @@ from vnaw_pipeline.prediction.evaluate import evaluate_predictions
 from vnaw_pipeline.prediction.predict import predict_videos
 from vnaw_pipeline.runs import RunFolder, open_run
 from vnaw_pipeline.tasks import TASKS
+from vnaw_pipeline.temporal import TemporalModel
 from vnaw_pipeline.training.loop import Optimisation, Recipe, fit, learning_rate_share, split_step
 from vnaw_pipeline.training.windows import train_windows
+from vnaw_pipeline.windows.batches import WindowBatch, gather_windows
 
 from .conftest import DrawnData
 
@@ -272,6 +275,47 @@ def test_every_value_of_a_choice_changes_the_training(
     train(drawn, drawn_store, tmp_path / "a", changed(tiny_config, section, **choice))
     train(drawn, drawn_store, tmp_path / "b", changed(tiny_config, section, **{**choice, **values}))
     assert losses(tmp_path / "a") != losses(tmp_path / "b")
+
+
+def test_a_frame_is_learnt_with_the_label_on_its_own_line_and_a_window_has_one_set_of_erased_channels(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every channel of a frame's embedding tells the label that line k of the text file gives to image k.
+
+    Public codes are one frame off there, count frames without a label (here 9) as a class, and erase another set of
+    channels in each frame.
+    """
+    store = create_store(tmp_path / "told", open_store(drawn_store).fingerprint, 16)
+    for row in drawn.manifest[drawn.manifest.annotation != ""].itertuples():
+        told = np.array([int(line) for line in (drawn.annotations / row.annotation).read_text().split()[1:]])
+        store.add_video(row.video_id, row.num_frames)
+        (unit,) = store.units(row.video_id)
+        embeddings = np.where(told < 0, 9, told + 1).astype(np.float16)[:, None].repeat(16, axis=1)
+        store.write_unit(unit, embeddings, np.ones(row.num_frames, np.bool_))
+    batches = []
+    seen: list[torch.Tensor] = []
+
+    def recorded(*arguments: Any) -> WindowBatch:
+        batches.append(gather_windows(*arguments))
+        return batches[-1]
+
+    def see(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, TemporalModel) and module.training:
+            seen.append(arguments[0])
+
+    monkeypatch.setattr("vnaw_pipeline.training.windows.gather_windows", recorded)
+    hook = nn.modules.module.register_module_forward_pre_hook(see)
+    train(drawn, store.path, tmp_path / "run", tiny_config)
+    hook.remove()
+    assert len(seen) == len(batches) > 0
+    for batch, embeddings in zip(batches, seen, strict=True):
+        labels = torch.where(batch.labels < 0, 9, batch.labels + 1)
+        assert torch.equal(batch.embeddings[batch.valid], labels[batch.valid][:, None].expand(-1, 16).half())
+        for window, valid in zip(embeddings, batch.valid, strict=True):
+            erased = window[valid] == 0
+            assert (erased == erased[0]).all()
+            assert int(erased[0].sum()) == round(0.2 * 16)
+    assert any((batch.labels[batch.valid] < 0).any() for batch in batches), "some frames have no label"
 
 
 def test_remembered_predictions_survive_a_stop(

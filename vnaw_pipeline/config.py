@@ -107,14 +107,15 @@ class ObjectiveConfig(_Section):
     bootstrap_beta: float = Field(default=0.95, gt=0, le=1)
     """bootstrap: share of the given label; the rest is the model's own prediction."""
     weighting: Literal["none", "class", "complement", "naw"] = "none"
-    """`class`: inverse to the class's share of the labels; `complement`: 1 - that share; `naw`: by noise-aware
-    adaptive weights."""
+    """`class`: inverse to the class's share of the labelled images or frames; `complement`: 1 - that share; `naw`: by
+    noise-aware adaptive weights."""
     preset: Literal["nla", "public-code"] = "nla"
     """NAW's constants: those of its two Gaussians."""
     normalised: bool | None = None
     """Gaussian's normaliser C; null: as the preset has it (nla: yes, public-code: no)."""
     weights_carry_gradient: bool = False
-    """Let the gradient flow through NAW's weights too, as the public code does."""
+    """Let the gradient flow through NAW's weights too, as the public code does. With lam_a 0 the model then lowers its
+    loss by being confidently wrong."""
     mix: Literal["one-plus", "lam"] = "lam"
     """naw: `one-plus`: (1 + w) * loss; `lam`: lam_a * loss + (1 - lam_a) * w * loss."""
     lam_a: float = Field(default=0.5, ge=0, le=1)

@@ -162,15 +162,14 @@ def rotate(heads: Tensor) -> Tensor:
     """Turn queries or keys (B, H, P, E), E even, by angles that grow with a frame's position.
 
     Their products then depend on how far apart two frames are, not on where they stand. Source: Su et al., RoFormer
-    (2021), Eq. 34, with channel i paired with channel i + E / 2 and not with its neighbour, which is the same up to
-    the order of channels.
+    (2021) 3.4.2, but channel i is paired with channel i + E / 2 and not with its neighbour: the same in another order.
     """
     half = heads.shape[-1] // 2
     position = torch.arange(heads.shape[-2], device=heads.device)[:, None]
     angle = position / 10_000 ** (torch.arange(half, device=heads.device) / half)
-    cos, sin = angle.cos().to(heads.dtype), angle.sin().to(heads.dtype)
+    cos, sin = angle.cos(), angle.sin()  # float32 also under mixed precision, where near frames would fall together
     x, y = heads[..., :half], heads[..., half:]
-    return torch.cat([x * cos - y * sin, x * sin + y * cos], dim=-1)
+    return torch.cat([x * cos - y * sin, x * sin + y * cos], dim=-1).to(heads.dtype)
 
 
 def sinusoidal_positions(num_frames: int, width: int) -> Tensor:

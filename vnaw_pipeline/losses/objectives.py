@@ -89,7 +89,7 @@ def bootstrapped_cross_entropy(log_p: Tensor, targets: Tensor, beta: float) -> T
 
 
 def early_learning_term(log_p: Tensor, memory: Tensor) -> Tensor:
-    """log(1 - <p, memory>): the lower, the nearer the prediction is to what it used to be (Liu et al. 2020, Eq. 3)."""
+    """log(1 - <p, memory>): the lower, the nearer the prediction is to what it used to be (Liu et al. 2020)."""
     agreement = (log_p.exp() * memory).sum(dim=1).clamp(max=_ELR_CEILING)
     return (1 - agreement).log()
 
