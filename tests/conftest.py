@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import settings
 
 from vnaw_pipeline.config import PipelineConfig
 from vnaw_pipeline.features.extract import extract_features
@@ -12,6 +13,9 @@ from vnaw_pipeline.manifests import build_manifest, write_manifest
 from vnaw_pipeline.rendering.dataset import render_dataset
 from vnaw_pipeline.rendering.plan import DatasetPlan
 from vnaw_pipeline.tasks import TASKS
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("untimed")
 
 TINY_PLAN = DatasetPlan(train_videos=4, validation_videos=2, test_videos=1, frames=(70, 90), short_frames=30)
 
@@ -68,7 +72,7 @@ def tiny_config() -> PipelineConfig:
             "extract": {"batch_frames": 16, "precision": "fp32"},
             "windows": {"window_frames": 40, "train_stride": 20, "predict_stride": 20},
             "temporal": {"width": 16, "layers": 1, "heads": 2, "feed_forward": 32, "dropout": 0.2},
-            "loss": {"level": "frame"},
+            "loss": {"level": "frame", "mix": "lam"},
             "train": {"epochs": 3, "batch_windows": 4, "learning_rate": 1e-2},
         }
     )

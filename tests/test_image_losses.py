@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vnaw_pipeline.config import ImageLossConfig, UnitsLossConfig
 from vnaw_pipeline.losses.affect import affect_loss, concordance
-from vnaw_pipeline.losses.images import distillation_loss, image_loss, jensen_shannon, update_memory
+from vnaw_pipeline.losses.images import distillation_loss, image_loss
+from vnaw_pipeline.losses.objectives import class_weights, focal_loss, jensen_shannon, update_memory
 from vnaw_pipeline.losses.units import units_loss
 
 from .test_naw import reference_weight
@@ -37,13 +38,16 @@ def reference_loss(p: np.ndarray, t: np.ndarray, config: ImageLossConfig, progre
     smoothed = (1 - config.label_smoothing) * t + config.label_smoothing / len(t)
     if config.objective == "gce":
         loss = sum(smoothed[k] * (1 - p[k] ** config.gce_q) / config.gce_q for k in range(len(t)))
+    elif config.objective == "focal":
+        loss = -sum(0.25 * smoothed[k] * (1 - p[k]) ** config.focal_gamma * math.log(p[k]) for k in range(len(t)))
     elif config.objective == "bootstrap":
         mixed = config.bootstrap_beta * smoothed + (1 - config.bootstrap_beta) * p
         loss = -sum(mixed[k] * math.log(p[k]) for k in range(len(t)))
     else:
         loss = -sum(smoothed[k] * math.log(p[k]) for k in range(len(t)))
     if config.weighting == "naw" and progress >= config.naw_from:
-        loss *= config.lam_a + (1 - config.lam_a) * reference_weight(p, int(t.argmax()), progress, config.preset)
+        w = reference_weight(p, int(t.argmax()), progress, config.preset)
+        loss *= 1 + w if config.mix == "one-plus" else config.lam_a + (1 - config.lam_a) * w
     return float(loss)
 
 
@@ -51,10 +55,13 @@ CONFIGS: list[dict[str, Any]] = [
     {},
     {"label_smoothing": 0.2},
     {"objective": "gce", "gce_q": 0.4},
+    {"objective": "focal", "label_smoothing": 0.1},
+    {"objective": "focal", "focal_gamma": 0.5},
     {"objective": "bootstrap", "bootstrap_beta": 0.8},
     {"weighting": "naw"},
     {"weighting": "naw", "lam_a": 0.0, "preset": "public-code"},
     {"weighting": "naw", "naw_from": 0.5},
+    {"weighting": "naw", "mix": "one-plus"},
     {"objective": "gce", "weighting": "naw", "label_smoothing": 0.1},
 ]
 
@@ -96,6 +103,28 @@ def test_class_weights_multiply_by_the_targets_share() -> None:
     assert total.item() == pytest.approx(float((cross * (targets @ weights)).sum()), rel=1e-10)
 
 
+def test_class_weights_are_inverse_shares_or_their_complement() -> None:
+    mass = torch.tensor([6.0, 3.0, 0.0, 1.0])
+    inverse = class_weights(mass, "class")
+    assert inverse is not None
+    torch.testing.assert_close(inverse * mass, torch.tensor([10 / 3, 10 / 3, 0.0, 10 / 3]))
+    complement = class_weights(mass, "complement")
+    torch.testing.assert_close(complement, torch.tensor([0.4, 0.7, 1.0, 0.9]))
+    assert class_weights(mass, "none") is class_weights(mass, "naw") is None
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_loss_is_finite_where_the_model_is_certain(gamma: float) -> None:
+    """At p = 1 a power below 1 has an infinite slope; without a floor its product with 0 is no number."""
+    logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]], requires_grad=True)
+    targets = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    losses = focal_loss(logits.log_softmax(dim=1), targets, gamma)
+    losses.sum().backward()
+    torch.testing.assert_close(losses, torch.tensor([0.0, 50.0]))
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
 def test_early_learning_adds_its_term_and_its_gradient_is_the_papers() -> None:
     """Liu et al. 2020, Lemma 2: the gradient by the logits is p - y + lambda * g, with
     g_k = p_k / (1 - <p, t>) * sum_j (t_j - t_k) p_j."""
@@ -120,6 +149,16 @@ def test_memory_is_a_moving_average_of_its_own_rows() -> None:
     assert (memory[[0, 2, 3, 5]] == 0).all()
     again = update_memory(memory, torch.tensor([4, 1]), logits)
     torch.testing.assert_close(again, 1.7 * rows)
+
+
+def test_a_row_that_is_there_twice_moves_once_towards_its_mean() -> None:
+    logits, _ = random_batch(4, count=3)
+    memory = torch.full((6, 5), 0.2)
+    rows = update_memory(memory, torch.tensor([4, 1, 4]), logits)
+    p = logits.softmax(dim=1).float()
+    torch.testing.assert_close(memory[4], 0.7 * 0.2 + 0.3 * (p[0] + p[2]) / 2, rtol=0, atol=1e-4)
+    torch.testing.assert_close(memory[1], 0.7 * 0.2 + 0.3 * p[1], rtol=0, atol=1e-4)
+    assert torch.equal(rows, memory[[4, 1, 4]])
 
 
 @given(st.integers(0, 10_000), st.integers(1, 9))

@@ -315,7 +315,7 @@ def test_the_joint_loss_equals_its_formula(focal: bool, seed: int) -> None:
     logits, labels, valid = joint_batch(seed)
     unit_weights = torch.rand(12, 2, dtype=torch.float64) + 0.5
     units = step_units_of(labels, valid, config)
-    total, count = joint_loss(logits, labels, valid, config, 0.5, units, unit_weights)
+    total, count = joint_loss(logits, labels, valid, config, 0.5, units, unit_weights=unit_weights)
     assert count == units["expr8"]
     wanted = reference(logits, labels, valid, weights, focal, unit_weights)
     assert float(total / count) == pytest.approx(wanted, rel=1e-12)  # both in float64
@@ -325,7 +325,7 @@ def test_what_is_not_labelled_or_not_seen_has_no_gradient() -> None:
     config = config_of("expr8", {"va": 1.0, "au": 1.0})
     logits, labels, valid = joint_batch(4)
     logits.requires_grad_()
-    total, _ = joint_loss(logits, labels, valid, config, 0.5, step_units_of(labels, valid, config), None)
+    total, _ = joint_loss(logits, labels, valid, config, 0.5, step_units_of(labels, valid, config))
     total.backward()
     assert logits.grad is not None
     used = torch.cat(
@@ -340,7 +340,7 @@ def test_what_is_not_labelled_or_not_seen_has_no_gradient() -> None:
     assert (logits.grad[~used] == 0).all()
     assert (logits.grad[used] != 0).all()
     labels["au"][~valid] = 1
-    assert joint_loss(logits, labels, valid, config, 0.5, step_units_of(labels, valid, config), None)[0] == total
+    assert joint_loss(logits, labels, valid, config, 0.5, step_units_of(labels, valid, config))[0] == total
 
 
 @pytest.mark.parametrize("level", ["frame", "window"])
@@ -354,7 +354,7 @@ def test_how_a_step_is_split_changes_nothing_but_the_concordance(level: str) -> 
 
     def of(part: slice) -> tuple[float, int]:
         of_part = {name: values[part] for name, values in labels.items()}
-        total, count = joint_loss(logits[part], of_part, valid[part], config, 0.5, units, None)
+        total, count = joint_loss(logits[part], of_part, valid[part], config, 0.5, units)
         return float(total), int(count)
 
     parts = [of(slice(0, 1)), of(slice(1, 3)), of(slice(3, 6))]

@@ -1,10 +1,35 @@
-"""The temporal model: padding never changes a valid frame, causality holds, a window without frames is finite."""
+"""The temporal model: torch's numbers at fixed weights, and the laws of padding, causality and positions.
 
+What must not be seen is compared exactly. Elsewhere the same float32 sums run in another order, hence 1e-4 relative
+and 1e-5 absolute.
+"""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from vnaw_pipeline.config import TemporalConfig
-from vnaw_pipeline.temporal import TemporalModel, sinusoidal_positions
+from vnaw_pipeline.temporal import (
+    TCN_KERNEL,
+    ConvolutionBlock,
+    TemporalModel,
+    rotate,
+    sinusoidal_positions,
+    stochastic_depth,
+)
+
+VARIANTS: list[dict[str, Any]] = [
+    {"position": position, "causal": causal, "tcn_blocks": tcn_blocks}
+    for position, causal, tcn_blocks in itertools.product(("none", "sinusoidal", "rotary"), (False, True), (0, 2))
+]
+every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
 
 
 def model_of(**values: object) -> TemporalModel:
@@ -13,66 +38,212 @@ def model_of(**values: object) -> TemporalModel:
     return TemporalModel(6, 3, config).eval()
 
 
+def random_windows(seed: int, num_frames: int = 9, num_windows: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    frames = torch.randn(num_windows, num_frames, 6, generator=generator)
+    return frames, torch.rand(num_windows, num_frames, generator=generator) < 0.7
+
+
 @pytest.mark.parametrize("position", ["none", "sinusoidal"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_padded_window_gives_the_logits_of_the_unpadded_one(position: str, causal: bool) -> None:
-    """Tolerance: the same float32 sums in another order."""
-    model = model_of(position=position, causal=causal)
-    frames = torch.randn(2, 7, 6)
-    valid = torch.ones(2, 7, dtype=torch.bool)
-    alone = model(frames, valid)
-    padded = model(
-        torch.cat([frames, torch.randn(2, 5, 6)], dim=1), torch.cat([valid, torch.zeros(2, 5, dtype=torch.bool)], dim=1)
-    )
-    torch.testing.assert_close(padded[:, :7], alone, rtol=1e-4, atol=1e-5)
-
-
-def test_an_invalid_frame_is_seen_by_no_other() -> None:
-    model = model_of()
-    frames, valid = torch.randn(1, 9, 6), torch.ones(1, 9, dtype=torch.bool)
-    valid[0, 4] = False
-    changed = frames.clone()
-    changed[0, 4] += 100
-    others = [i for i in range(9) if i != 4]
-    torch.testing.assert_close(model(frames, valid)[0, others], model(changed, valid)[0, others])
-
-
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_inference_gives_what_training_mode_gives(heads: int) -> None:
-    """torch runs another, fused path without gradients; it must treat invalid frames alike."""
-    model = model_of(heads=heads, dropout=0.0)
-    frames, valid = torch.randn(3, 9, 6), torch.rand(3, 9) < 0.6
-    with torch.inference_mode():
-        fused = model(frames, valid)
-    torch.testing.assert_close(fused, model(frames, valid), rtol=1e-4, atol=1e-5)
+def test_numbers_and_names_are_those_of_torchs_encoder(position: str, causal: bool, heads: int) -> None:
+    """Runs that were trained with torch.nn.TransformerEncoder are read, and predict what they predicted."""
+    model = model_of(position=position, causal=causal, heads=heads, dropout=0.0)
+    torch.manual_seed(1)
+    layer = nn.TransformerEncoderLayer(16, heads, 32, 0.0, batch_first=True)
+    torchs = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    for parameter in torchs.parameters():  # norms and biases start at 1 and 0, where a mix-up would not show
+        nn.init.normal_(parameter, std=0.3)
+    model.encoder.load_state_dict(torchs.state_dict())
+    frames, valid = random_windows(0)
+    hidden = model.projection(frames * valid[:, :, None])
+    if position == "sinusoidal":
+        hidden = hidden + sinusoidal_positions(9, 16)
+    unseen = ~valid[:, None, :].expand(-1, 9, -1)
+    if causal:
+        unseen = unseen | torch.ones(9, 9, dtype=torch.bool).triu(1)
+    unseen = unseen & ~torch.eye(9, dtype=torch.bool)
+    wanted = model.head(torchs(hidden, mask=unseen.repeat_interleave(heads, dim=0)))
+    torch.testing.assert_close(model(frames, valid), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_causal_frames_do_not_see_the_future() -> None:
-    frames, valid = torch.randn(1, 9, 6), torch.ones(1, 9, dtype=torch.bool)
+def test_start_values_are_torchs() -> None:
+    model = model_of()
+    torch.manual_seed(0)
+    projection = nn.Linear(6, 16)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    torchs = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).state_dict()
+    assert torch.equal(model.projection.weight, projection.weight)
+    assert model.encoder.state_dict().keys() == torchs.keys()
+    assert all(torch.equal(value, torchs[name]) for name, value in model.encoder.state_dict().items())
+
+
+@every_variant
+@settings(max_examples=10)
+@given(seed=st.integers(0, 10_000), stuff=st.sampled_from([100.0, -1e30, math.inf, math.nan]))
+def test_what_stands_at_invalid_frames_changes_nothing(variant: dict[str, Any], seed: int, stuff: float) -> None:
+    model = model_of(**variant)
+    frames, valid = random_windows(seed)
+    changed = torch.where(valid[:, :, None], frames, stuff)
+    assert torch.equal(model(frames, valid)[valid], model(changed, valid)[valid])
+    frames.requires_grad_()
+    (gradient,) = torch.autograd.grad(model(frames, valid)[valid].square().sum(), frames)
+    assert (gradient[~valid] == 0).all()
+
+
+@every_variant
+@settings(max_examples=10)
+@given(seed=st.integers(0, 10_000), now=st.integers(0, 7))
+def test_causal_frames_do_not_see_the_future_and_others_do(variant: dict[str, Any], seed: int, now: int) -> None:
+    model = model_of(**variant)
+    frames, valid = random_windows(seed)
+    valid = torch.ones_like(valid)
     changed = frames.clone()
-    changed[0, 5:] += 10
-    causal, free = model_of(causal=True), model_of(causal=False)
-    torch.testing.assert_close(causal(frames, valid)[0, :5], causal(changed, valid)[0, :5])
-    assert not torch.allclose(free(frames, valid)[0, :5], free(changed, valid)[0, :5])
+    changed[:, now + 1 :] += 10
+    before, after = model(frames, valid)[:, : now + 1], model(changed, valid)[:, : now + 1]
+    assert torch.equal(before, after) == variant["causal"]
 
 
-def test_without_positions_the_order_of_frames_does_not_matter() -> None:
-    frames, valid = torch.randn(1, 9, 6), torch.ones(1, 9, dtype=torch.bool)
-    order = torch.randperm(9)
-    plain, placed = model_of(position="none"), model_of(position="sinusoidal")
-    torch.testing.assert_close(plain(frames[:, order], valid), plain(frames, valid)[:, order], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(placed(frames[:, order], valid), placed(frames, valid)[:, order], atol=1e-3)
+@every_variant
+@pytest.mark.parametrize("shift", [0, 1, 5])
+def test_a_window_gives_the_same_logits_wherever_it_stands_in_padding(variant: dict[str, Any], shift: int) -> None:
+    """Sinusoidal codes tell where a frame stands; for them it must stand at the front."""
+    model = model_of(**variant)
+    frames, valid = random_windows(3, num_frames=7)
+    alone = model(frames, valid)
+    padded = torch.randn(2, 12, 6)
+    padded[:, shift : shift + 7] = frames
+    inside = torch.zeros(2, 12, dtype=torch.bool)
+    inside[:, shift : shift + 7] = valid
+    found = model(padded, inside)[:, shift : shift + 7]
+    if shift and variant["position"] == "sinusoidal":
+        assert not torch.allclose(found[valid], alone[valid], atol=1e-3)
+    else:
+        torch.testing.assert_close(found[valid], alone[valid], rtol=1e-4, atol=1e-5)
 
 
-def test_a_window_without_any_frame_is_finite_and_has_finite_gradients() -> None:
-    model = model_of().train()
+@every_variant
+def test_one_frame_is_a_window(variant: dict[str, Any]) -> None:
+    frames = torch.randn(3, 1, 6)
+    logits = model_of(**variant)(frames, torch.ones(3, 1, dtype=torch.bool))
+    assert logits.shape == (3, 1, 3)
+    assert torch.isfinite(logits).all()
+
+
+@every_variant
+def test_a_window_without_any_frame_is_finite_and_has_finite_gradients(variant: dict[str, Any]) -> None:
+    model = model_of(**variant, drop_path=0.3).train()
     logits = model(torch.zeros(2, 5, 6), torch.zeros(2, 5, dtype=torch.bool))
     assert torch.isfinite(logits).all()
     logits.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@every_variant
+def test_inference_gives_what_training_mode_gives(variant: dict[str, Any]) -> None:
+    model = model_of(**variant, dropout=0.0)
+    frames, valid = random_windows(4)
+    with torch.inference_mode():
+        inferred = model(frames, valid)
+    torch.testing.assert_close(inferred, model.train()(frames, valid), rtol=1e-4, atol=1e-5)
+
+
+def test_only_with_positions_or_convolutions_the_order_of_frames_matters() -> None:
+    frames, valid = torch.randn(1, 9, 6), torch.ones(1, 9, dtype=torch.bool)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    for values in ({"position": "none"}, {"position": "sinusoidal"}, {"position": "rotary"}, {"tcn_blocks": 1}):
+        model = model_of(**values)
+        moved, plain = model(frames[:, order], valid), model(frames, valid)[:, order]
+        if values == {"position": "none"}:
+            torch.testing.assert_close(moved, plain, rtol=1e-4, atol=1e-5)
+        else:
+            assert not torch.allclose(moved, plain, atol=1e-3), values
+
+
 def test_position_codes() -> None:
     codes = sinusoidal_positions(50, 6)
     torch.testing.assert_close(codes[0], torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0]))
     torch.testing.assert_close(codes[3, 2], torch.tensor(3 / 10_000 ** (2 / 6)).sin())
+
+
+def test_rotation_multiplies_pairs_of_channels_by_complex_phases() -> None:
+    """Against complex numbers in float64; angles are made in float32, and up to 20 radians, hence 1e-5."""
+    heads = torch.randn(2, 3, 20, 8, dtype=torch.float64)
+    x = heads.numpy()
+    rates = 10_000.0 ** -(np.arange(4) / 4)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * np.arange(20)[:, None] * rates)
+    wanted = torch.from_numpy(np.concatenate([turned.real, turned.imag], axis=-1))
+    torch.testing.assert_close(rotate(heads), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rotate(heads)[..., 0, :], heads[..., 0, :])
+
+
+def test_rotated_products_depend_on_distance_only() -> None:
+    query, key = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    products = (rotate(query.expand(1, 1, 30, 8)) @ rotate(key.expand(1, 1, 30, 8)).transpose(-1, -2))[0, 0]
+    for distance in (-7, 0, 3, 11):
+        diagonal = products.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-5)
+    assert (products[0] - products[0, 0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dilation", [1, 4])
+def test_convolutions_equal_a_loop_that_skips_invalid_frames(causal: bool, dilation: int) -> None:
+    """In numpy, frame by frame: a tap that falls on an invalid frame or outside the window adds nothing."""
+    torch.manual_seed(0)
+    config = TemporalConfig(width=4, causal=causal, dropout=0.0)
+    block = ConvolutionBlock(config, dilation).double()
+    hidden = torch.randn(2, 13, 4, dtype=torch.float64)
+    valid = torch.rand(2, 13) < 0.7
+    taps = [(k - (TCN_KERNEL - 1 if causal else TCN_KERNEL // 2)) * dilation for k in range(TCN_KERNEL)]
+
+    def convolve(x: np.ndarray, seen: np.ndarray, layer: nn.Conv1d) -> np.ndarray:
+        weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+        out = np.tile(bias, (len(x), 1))
+        for t, (k, tap) in itertools.product(range(len(x)), enumerate(taps)):
+            if 0 <= t + tap < len(x) and seen[t + tap]:
+                out[t] += weight[:, :, k] @ x[t + tap]
+        return np.maximum(out, 0)
+
+    found = block(hidden, valid).detach().numpy()
+    for x, seen, answer in zip(hidden.numpy(), valid.numpy(), found, strict=True):
+        branch = convolve(convolve(x, seen, block.first), seen, block.second)
+        np.testing.assert_allclose(answer, np.maximum(x + branch, 0), rtol=1e-10, atol=1e-12)
+
+
+def test_blocks_see_twice_as_far_each() -> None:
+    """Two blocks see 2 * 1 + 2 * 2 frames to either side, and no further."""
+    blocks = model_of(tcn_blocks=2).tcn
+    hidden = torch.rand(1, 30, 16, requires_grad=True)
+    out, valid = hidden, torch.ones(1, 30, dtype=torch.bool)
+    for block in blocks:
+        out = block(out, valid)
+    (gradient,) = torch.autograd.grad(out[0, 15].sum(), hidden)
+    assert gradient[0].abs().sum(dim=1).nonzero()[:, 0].tolist() == list(range(9, 22))
+
+
+def test_stochastic_depth_drops_windows_whole_and_keeps_the_mean() -> None:
+    """4,000 windows at a chance of .3: the standard error of their mean is .01."""
+    torch.manual_seed(0)
+    found = stochastic_depth(torch.ones(4_000, 5, 3), 0.3)
+    assert (found == found[:, :1, :1]).all()
+    torch.testing.assert_close(found[found > 0].unique(), torch.tensor([1 / 0.7]))
+    assert float(found.mean()) == pytest.approx(1.0, abs=0.05)
+
+
+def test_stochastic_depth_acts_in_training_and_more_in_later_layers() -> None:
+    frames, valid = torch.randn(64, 4, 6), torch.ones(64, 4, dtype=torch.bool)
+    plain, dropping = model_of(dropout=0.0), model_of(dropout=0.0, drop_path=0.8)
+    assert torch.equal(plain(frames, valid), dropping(frames, valid))
+    assert not torch.allclose(plain(frames, valid), dropping.train()(frames, valid))
+    seen: list[float] = []
+    for layer in dropping.encoder.layers:
+        layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2]))
+    dropping(frames, valid)
+    assert seen == pytest.approx([0.4, 0.8])
+
+
+def test_rotary_needs_pairs_of_channels() -> None:
+    with pytest.raises(ValueError, match=r"width 10 over 2 heads leaves 5 channels a head; make that even"):
+        TemporalConfig(width=10, heads=2, position="rotary")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,8 +25,10 @@ from vnaw_pipeline.prediction.evaluate import evaluate_predictions
 from vnaw_pipeline.prediction.predict import predict_videos
 from vnaw_pipeline.runs import RunFolder, open_run
 from vnaw_pipeline.tasks import TASKS
+from vnaw_pipeline.temporal import TemporalModel
 from vnaw_pipeline.training.loop import Optimisation, Recipe, fit, learning_rate_share, split_step
 from vnaw_pipeline.training.windows import train_windows
+from vnaw_pipeline.windows.batches import WindowBatch, gather_windows
 
 from .conftest import DrawnData
 
@@ -196,17 +199,31 @@ def test_it_can_learn_two_windows_by_heart(
         ("loss", {"preset": "public-code"}),
         ("loss", {"normalised": False}),
         ("loss", {"weights_carry_gradient": True}),
+        ("loss", {"mix": "one-plus"}),
         ("loss", {"lam_a": 0.1}),
+        ("loss", {"naw_from": 0.5}),
         ("loss", {"label_smoothing": 0.2}),
+        ("loss", {"objective": "focal"}),
+        ("loss", {"objective": "gce"}),
+        ("loss", {"objective": "elr"}),
+        ("loss", {"objective": "bootstrap"}),
+        ("loss", {"weighting": "class"}),
+        ("loss", {"weighting": "complement"}),
         ("windows", {"erase_share": 0.5}),
         ("windows", {"skip": {"mode": "mask"}}),
         ("windows", {"skip": {"mode": "resample"}}),
         ("windows", {"skip": {"mode": "drop", "share": [0.7, 0.8]}}),
+        ("windows", {"random_masking": {"mode": "frames"}}),
+        ("windows", {"random_masking": {"mode": "elements"}}),
         ("windows", {"train_stride": 10}),
         ("temporal", {"position": "sinusoidal"}),
+        ("temporal", {"position": "rotary"}),
         ("temporal", {"causal": True}),
+        ("temporal", {"tcn_blocks": 1}),
+        ("temporal", {"drop_path": 0.5}),
         ("temporal", {"dropout": 0.5}),
         ("train", {"sampling": "uniform"}),
+        ("train", {"sampling": "square-root"}),
         ("train", {"weight_decay": 0.5}),
         ("train", {"warmup_share": 0.5}),
         ("train", {"windows_per_epoch": 7}),
@@ -226,6 +243,103 @@ def test_every_value_changes_the_training(
     """No flag that nothing reads."""
     train(drawn, drawn_store, tmp_path / "a", changed(tiny_config, section, **values))
     assert losses(tmp_path / "a") != reference_losses
+
+
+@pytest.mark.parametrize(
+    ("section", "choice", "values"),
+    [
+        ("loss", {"objective": "focal"}, {"focal_gamma": 1.0}),
+        ("loss", {"objective": "gce"}, {"gce_q": 0.2}),
+        ("loss", {"objective": "elr"}, {"elr_weight": 1.0}),
+        ("loss", {"objective": "elr"}, {"level": "window"}),
+        ("loss", {"objective": "bootstrap"}, {"bootstrap_beta": 0.5}),
+        ("loss", {"level": "window"}, {"mix": "one-plus"}),
+        ("windows", {"skip": {"mode": "resample"}}, {"skip": {"mode": "resample", "speed": [0.9, 1.1]}}),
+        (
+            "windows",
+            {"random_masking": {"mode": "elements"}},
+            {"random_masking": {"mode": "elements", "probability": 0.2}},
+        ),
+    ],
+)
+def test_every_value_of_a_choice_changes_the_training(
+    section: str,
+    choice: dict[str, object],
+    values: dict[str, object],
+    drawn: DrawnData,
+    drawn_store: Path,
+    tiny_config: PipelineConfig,
+    tmp_path: Path,
+) -> None:
+    """Keys that only one objective or mode reads."""
+    train(drawn, drawn_store, tmp_path / "a", changed(tiny_config, section, **choice))
+    train(drawn, drawn_store, tmp_path / "b", changed(tiny_config, section, **{**choice, **values}))
+    assert losses(tmp_path / "a") != losses(tmp_path / "b")
+
+
+def test_a_frame_is_learnt_with_the_label_on_its_own_line_and_a_window_has_one_set_of_erased_channels(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every channel of a frame's embedding tells the label that line k of the text file gives to image k.
+
+    Public codes are one frame off there, count frames without a label (here 9) as a class, and erase another set of
+    channels in each frame.
+    """
+    store = create_store(tmp_path / "told", open_store(drawn_store).fingerprint, 16)
+    for row in drawn.manifest[drawn.manifest.annotation != ""].itertuples():
+        told = np.array([int(line) for line in (drawn.annotations / row.annotation).read_text().split()[1:]])
+        store.add_video(row.video_id, row.num_frames)
+        (unit,) = store.units(row.video_id)
+        embeddings = np.where(told < 0, 9, told + 1).astype(np.float16)[:, None].repeat(16, axis=1)
+        store.write_unit(unit, embeddings, np.ones(row.num_frames, np.bool_))
+    batches = []
+    seen: list[torch.Tensor] = []
+
+    def recorded(*arguments: Any) -> WindowBatch:
+        batches.append(gather_windows(*arguments))
+        return batches[-1]
+
+    def see(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, TemporalModel) and module.training:
+            seen.append(arguments[0])
+
+    monkeypatch.setattr("vnaw_pipeline.training.windows.gather_windows", recorded)
+    hook = nn.modules.module.register_module_forward_pre_hook(see)
+    train(drawn, store.path, tmp_path / "run", tiny_config)
+    hook.remove()
+    assert len(seen) == len(batches) > 0
+    for batch, embeddings in zip(batches, seen, strict=True):
+        labels = torch.where(batch.labels["expr8"] < 0, 9, batch.labels["expr8"] + 1)
+        assert torch.equal(batch.embeddings[batch.valid], labels[batch.valid][:, None].expand(-1, 16).half())
+        for window, valid in zip(embeddings, batch.valid, strict=True):
+            erased = window[valid] == 0
+            assert (erased == erased[0]).all()
+            assert int(erased[0].sum()) == round(0.2 * 16)
+    assert any((batch.labels["expr8"][batch.valid] < 0).any() for batch in batches), "some frames have no label"
+
+
+def test_remembered_predictions_survive_a_stop(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(tiny_config, "loss", objective="elr", level="window")
+    train(drawn, drawn_store, tmp_path / "whole", config)
+    real = RunFolder.write_metrics
+
+    def stop_after_two(self: RunFolder, history: list[dict[str, object]]) -> None:
+        real(self, history)
+        if len(history) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_metrics", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            train(drawn, drawn_store, tmp_path / "parts", config)
+    memory = load_tensors(tmp_path / "parts" / "checkpoint" / "last.safetensors")[0]["memory.predictions"]
+    assert ((memory > 0).all(dim=1) | (memory == 0).all(dim=1)).all()
+    assert (memory[:-1] > 0).any()
+    assert (memory[-1] == 0).all(), "the row of no frame is never remembered"
+    train(drawn, drawn_store, tmp_path / "parts", config)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")

@@ -94,33 +94,44 @@ class ExtractConfig(_Section):
     """A name for these crops in the fingerprint. null: from `crops.json` of `vnaw crop`, else 'unnamed'."""
 
 
-class ImageLossConfig(_Section):
-    """What a single image costs, where labels may be wrong."""
+class ObjectiveConfig(_Section):
+    """What an image, a frame or a window costs, where labels may be wrong."""
 
-    objective: Literal["ce", "gce", "elr", "bootstrap"] = "ce"
-    """Cross-entropy; generalised cross-entropy; early-learning regularisation; soft bootstrapping."""
+    objective: Literal["ce", "focal", "gce", "elr", "bootstrap"] = "ce"
+    """Cross-entropy; focal loss; generalised cross-entropy; early-learning regularisation; soft bootstrapping."""
+    focal_gamma: float = Field(default=2.0, ge=0)
+    """focal: the higher, the less a unit costs that the model knows already."""
     gce_q: float = Field(default=0.7, gt=0, le=1)
     """gce: 1 is the mean absolute error, towards 0 it becomes cross-entropy."""
     elr_weight: float = Field(default=3.0, ge=0)
     bootstrap_beta: float = Field(default=0.95, gt=0, le=1)
     """bootstrap: share of the given label; the rest is the model's own prediction."""
-    weighting: Literal["none", "class", "naw"] = "none"
-    """`class`: inverse to the class's share of the labels; `naw`: by noise-aware adaptive weights."""
+    weighting: Literal["none", "class", "complement", "naw"] = "none"
+    """`class`: inverse to the class's share of the labelled images or frames; `complement`: 1 - that share; `naw`: by
+    noise-aware adaptive weights."""
     preset: Literal["nla", "public-code"] = "nla"
-    """NAW's constants."""
+    """NAW's constants: those of its two Gaussians."""
     normalised: bool | None = None
-    """Gaussian's normaliser C; null: as the preset has it."""
+    """Gaussian's normaliser C; null: as the preset has it (nla: yes, public-code: no)."""
     weights_carry_gradient: bool = False
+    """Let the gradient flow through NAW's weights too, as the public code does. With lam_a 0 the model then lowers its
+    loss by being confidently wrong."""
+    mix: Literal["one-plus", "lam"] = "lam"
+    """naw: `one-plus`: (1 + w) * loss; `lam`: lam_a * loss + (1 - lam_a) * w * loss."""
     lam_a: float = Field(default=0.5, ge=0, le=1)
-    """naw: lam_a * loss + (1 - lam_a) * w * loss."""
     naw_from: float = Field(default=0.0, ge=0, lt=1)
     """Share of training after which NAW's weights are used."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+class ImageLossConfig(ObjectiveConfig):
+    """What a single image costs."""
+
     transition: tuple[tuple[float, ...], ...] | None = None
     """Row i: how faces whose true class is i are labelled, as shares. The loss is then that of the label a face would
     get, not of its class (forward correction; with rows estimated from trusted faces, gold loss correction)."""
     consistency: float = Field(default=0.0, ge=0, lt=1)
     """lam: (1 - lam) * loss + lam * JSD between the predictions for an image and for its mirror image."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _transition_is_one(self) -> Self:
@@ -214,6 +225,15 @@ class SkipConfig(_Section):
         return self
 
 
+class MaskingConfig(_Section):
+    """Random masking of a training window's input (Transformers with Random Masking)."""
+
+    mode: Literal["none", "frames", "elements"] = "none"
+    """`frames`: whole embeddings are zeroed, the paper's; `elements`: single numbers in them, its other variant."""
+    probability: float = Field(default=0.5, gt=0, lt=1)
+    """Chance of each frame, or of each element."""
+
+
 class WindowConfig(_Section):
     """How videos are cut into windows."""
 
@@ -225,6 +245,7 @@ class WindowConfig(_Section):
     skip: SkipConfig = SkipConfig()
     erase_share: float = Field(default=0.2, ge=0, lt=1)
     """Share of embedding channels set to zero, the same for all frames of a training window (Eq. 4, 5); 0: none."""
+    random_masking: MaskingConfig = MaskingConfig()
 
     @model_validator(mode="after")
     def _windows_cover_every_frame(self) -> Self:
@@ -243,33 +264,35 @@ class TemporalConfig(_Section):
     heads: int = Field(default=1, gt=0)
     feed_forward: int = Field(default=512, gt=0)
     dropout: float = Field(default=0.6, ge=0, lt=1)
-    position: Literal["none", "sinusoidal"] = "none"
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Stochastic depth: chance that a window passes by the parts of the last layer, less in those before it."""
+    position: Literal["none", "sinusoidal", "rotary"] = "none"
+    """`sinusoidal` codes are added to the frames; `rotary` ones turn queries and keys, so that only distances count."""
     causal: bool = False
-    """A frame attends to itself and earlier frames only."""
+    """A frame sees itself and earlier frames only."""
+    tcn_blocks: int = Field(default=0, ge=0)
+    """Blocks of temporal convolutions in front of the Transformer, each dilated twice as much as the one before it."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.position == "rotary" and self.width // self.heads % 2:
+            raise ValueError(
+                f"position rotary turns pairs of channels, but width {self.width} over {self.heads} heads leaves "
+                f"{self.width // self.heads} channels a head; make that even"
+            )
         return self
 
 
-class LossConfig(_Section):
-    """Objective over windows (the paper) or frames (the public code)."""
+class LossConfig(ObjectiveConfig):
+    """Objective over windows (the paper, which mixes by `one-plus`) or frames (the public code, by `lam`)."""
 
     level: Literal["window", "frame"] = "window"
-    weighting: Literal["naw", "none"] = "naw"
-    preset: Literal["nla", "public-code"] = "nla"
-    """Constants of the two Gaussians."""
-    normalised: bool | None = None
-    """Gaussian's normaliser C; null: as the preset has it (nla: yes, public-code: no)."""
-    weights_carry_gradient: bool = False
-    """Let the gradient flow through the weights too, as the public code does."""
-    lam_a: float = Field(default=0.5, ge=0, le=1)
-    """Frame level: lam_a * CE + (1 - lam_a) * w * CE. (Window level is the paper's (1 + w) * CE.)"""
+    weighting: Literal["none", "class", "complement", "naw"] = "naw"
+    mix: Literal["one-plus", "lam"] = "one-plus"
     min_labelled: float = Field(default=0.5, gt=0, le=1)
     """A training window with a smaller labelled share is not used."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
 
 class UnitsLossConfig(_Section):
@@ -291,9 +314,10 @@ class TrainConfig(_Section):
     """Forward passes a step is split into; the result is the same, the memory smaller."""
     windows_per_epoch: int | None = Field(default=None, gt=0)
     """Draws per epoch; null: as many as there are training windows."""
-    sampling: Literal["balanced", "uniform"] = "balanced"
-    """`balanced`: each class of window label is drawn equally often, with replacement; a window that only a further
-    task has labels for as often as the average one. It needs a main task with classes."""
+    sampling: Literal["balanced", "square-root", "uniform"] = "balanced"
+    """Draws with replacement: classes of window label equally often, or by the square root of their size, and windows
+    that only a further task has labels for as often as the average one; both need a main task with classes. `uniform`
+    takes each window once."""
     learning_rate: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
@@ -380,9 +404,10 @@ class PipelineConfig(_Section):
         with_classes = [task.name for task in self.tasks if task.kind == "classes"]
         if len(with_classes) > 1:
             raise ValueError(f"{' and '.join(with_classes)} are made from the same labels; learn one of them in a run")
-        if self.train.sampling == "balanced" and TASKS[self.task].kind != "classes":
+        if self.train.sampling != "uniform" and TASKS[self.task].kind != "classes":
             raise ValueError(
-                f"train.sampling 'balanced' needs classes, which task {self.task} has not; set train.sampling=uniform"
+                f"train.sampling '{self.train.sampling}' needs classes, which task {self.task} has not; "
+                "set train.sampling=uniform"
             )
         return self
 

@@ -1,25 +1,31 @@
 """The temporal model: a Transformer over the embeddings of a window, one answer per frame.
 
-`B` windows, `P` frames, `D` embedding width, `K` classes. Source: Lee et al., V-NAW (CVPRW 2025) 3.6, with the sizes of
-the authors' public code as the defaults of `TemporalConfig`.
+`B` windows, `P` frames, `D` embedding width, `W` model width, `H` heads, `K` classes. Source: Lee et al., V-NAW
+(CVPRW 2025) 3.6, with the sizes of the authors' public code as the defaults of `TemporalConfig`. Own layers stand for
+`torch.nn.TransformerEncoder`, because rotary positions act between its projections and its attention; names of
+parameters, start values and numbers are those of torch's.
 """
+
+import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vnaw_pipeline.config import TemporalConfig
 
+TCN_KERNEL = 3
+"""Frames that a temporal convolution sees at once."""
+
 
 class TemporalModel(nn.Module):
-    """Projection, Transformer encoder, and a linear head per frame."""
+    """Projection, temporal convolutions if there are any, Transformer encoder, and a linear head per frame."""
 
     def __init__(self, embedding_dim: int, num_classes: int, config: TemporalConfig) -> None:
         super().__init__()
         self.projection = nn.Linear(embedding_dim, config.width)
-        layer = nn.TransformerEncoderLayer(
-            config.width, config.heads, config.feed_forward, config.dropout, batch_first=True
-        )
-        self.encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
+        self.tcn = nn.ModuleList(ConvolutionBlock(config, dilation=2**i) for i in range(config.tcn_blocks))
+        self.encoder = Encoder(config)
         self.head = nn.Linear(config.width, num_classes)
         self.config = config
 
@@ -29,22 +35,141 @@ class TemporalModel(nn.Module):
         A frame that is not valid is seen by no other frame; what the model says at its place means nothing. A window
         without any valid frame gives finite logits.
         """
-        frames = self.projection(embeddings.to(self.projection.weight.dtype))
+        embeddings = embeddings.masked_fill(~valid[:, :, None], 0)  # NaN would pass a mask of attention as NaN * 0
+        hidden = self.projection(embeddings.to(self.projection.weight.dtype))
+        for block in self.tcn:
+            hidden = block(hidden, valid)
         if self.config.position == "sinusoidal":
-            frames = frames + sinusoidal_positions(frames.shape[1], frames.shape[2]).to(frames)
-        hidden = self.encoder(frames, mask=self._attention_mask(valid))
+            hidden = hidden + sinusoidal_positions(hidden.shape[1], hidden.shape[2]).to(hidden)
+        hidden = self.encoder(hidden, attention_mask(valid, causal=self.config.causal))
         logits: Tensor = self.head(hidden)
         return logits
 
-    def _attention_mask(self, valid: Tensor) -> Tensor:
-        """What each frame must not look at, (B * heads, P, P). Every frame may look at itself, so that no softmax is
-        over nothing."""
-        num_frames = valid.shape[1]
-        hidden = ~valid[:, None, :].expand(-1, num_frames, -1)
-        if self.config.causal:
-            hidden = hidden | torch.ones(num_frames, num_frames, dtype=torch.bool, device=valid.device).triu(1)
-        itself = torch.eye(num_frames, dtype=torch.bool, device=valid.device)
-        return (hidden & ~itself).repeat_interleave(self.config.heads, dim=0)
+
+class ConvolutionBlock(nn.Module):
+    """Two dilated convolutions over time, added to what came in (Bai et al. 2018, without their weight norm).
+
+    Sees `TCN_KERNEL // 2 * dilation` frames to either side, or `(TCN_KERNEL - 1) * dilation` back if the model is
+    causal, twice. In front of a Transformer: Zhou et al. (CtyunAI, arXiv:2403.11440).
+    """
+
+    def __init__(self, config: TemporalConfig, dilation: int) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(config.width, config.width, TCN_KERNEL, dilation=dilation)
+        self.second = nn.Conv1d(config.width, config.width, TCN_KERNEL, dilation=dilation)
+        self.dropout = nn.Dropout(config.dropout)
+        reach = (TCN_KERNEL - 1) * dilation
+        self.padding = (reach, 0) if config.causal else (reach // 2, reach // 2)
+
+    def forward(self, hidden: Tensor, valid: Tensor) -> Tensor:
+        """(B, P, W) from (B, P, W) and valid (B, P). An invalid frame is zero in each convolution, as padding is."""
+        branch = hidden
+        for convolution in (self.first, self.second):
+            branch = branch.masked_fill(~valid[:, :, None], 0)
+            padded = F.pad(branch.transpose(1, 2), self.padding)
+            branch = self.dropout(convolution(padded).relu().transpose(1, 2))
+        return (hidden + branch).relu()
+
+
+class Encoder(nn.Module):
+    """The Transformer's layers, one after the other. They start alike, as torch's do.
+
+    Stochastic depth grows linearly with depth, to `drop_path` in the last layer.
+    """
+
+    def __init__(self, config: TemporalConfig) -> None:
+        super().__init__()
+        first = EncoderLayer(config)
+        self.layers = nn.ModuleList([first, *(copy.deepcopy(first) for _ in range(config.layers - 1))])
+        self.drop_path = config.drop_path
+
+    def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
+        """(B, P, W) from (B, P, W) and the attention mask (B, 1, P, P)."""
+        for depth, layer in enumerate(self.layers, start=1):
+            hidden = layer(hidden, seen, self.drop_path * depth / len(self.layers))
+        return hidden
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, then a feed-forward part; each is added to what came in, and the sum is normalised."""
+
+    def __init__(self, config: TemporalConfig) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config)
+        self.linear1 = nn.Linear(config.width, config.feed_forward)
+        self.linear2 = nn.Linear(config.feed_forward, config.width)
+        self.norm1 = nn.LayerNorm(config.width)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden: Tensor, seen: Tensor, drop_path: float) -> Tensor:
+        """(B, P, W) from (B, P, W); `drop_path` is the chance that a window passes by each part in training."""
+        drop_path = drop_path if self.training else 0.0
+        attended = self.dropout(self.self_attn(hidden, seen))
+        hidden = self.norm1(hidden + stochastic_depth(attended, drop_path))
+        widened = self.dropout(self.linear1(hidden).relu())
+        out: Tensor = self.norm2(hidden + stochastic_depth(self.dropout(self.linear2(widened)), drop_path))
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Attention of a window's frames to one another."""
+
+    def __init__(self, config: TemporalConfig) -> None:
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * config.width, config.width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * config.width))
+        self.out_proj = nn.Linear(config.width, config.width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.rotary = config.position == "rotary"
+
+    def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
+        """(B, P, W) from (B, P, W); `seen` (B, 1, P, P) is true where a frame (row) may look at a frame (column)."""
+        projected = F.linear(hidden, self.in_proj_weight, self.in_proj_bias)
+        of_heads = projected.view(*hidden.shape[:2], 3, self.heads, -1)
+        query, key, value = of_heads.permute(2, 0, 3, 1, 4)  # each (B, H, P, W / H)
+        if self.rotary:
+            query, key = rotate(query), rotate(key)
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout)
+        out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
+        return out
+
+
+def stochastic_depth(branch: Tensor, probability: float) -> Tensor:
+    """A branch (B, ...) without some of its windows, each left out whole with the same chance, the others scaled up so
+    that its mean stays (Huang et al. 2016)."""
+    if probability == 0:
+        return branch
+    stays = torch.rand(len(branch), *[1] * (branch.ndim - 1), device=branch.device) >= probability
+    return branch * stays / (1 - probability)
+
+
+def attention_mask(valid: Tensor, *, causal: bool) -> Tensor:
+    """Which frames each frame may look at, bool (B, 1, P, P) from valid (B, P): the valid ones, and if causal none
+    after it. Every frame may look at itself, so that no softmax is over nothing."""
+    num_frames = valid.shape[1]
+    seen = valid[:, None, :].expand(-1, num_frames, -1)
+    if causal:
+        seen = seen.tril()
+    return (seen | torch.eye(num_frames, dtype=torch.bool, device=valid.device))[:, None]
+
+
+def rotate(heads: Tensor) -> Tensor:
+    """Turn queries or keys (B, H, P, E), E even, by angles that grow with a frame's position.
+
+    Their products then depend on how far apart two frames are, not on where they stand. Source: Su et al., RoFormer
+    (2021) 3.4.2, but channel i is paired with channel i + E / 2 and not with its neighbour: the same in another order.
+    """
+    half = heads.shape[-1] // 2
+    position = torch.arange(heads.shape[-2], device=heads.device)[:, None]
+    angle = position / 10_000 ** (torch.arange(half, device=heads.device) / half)
+    cos, sin = angle.cos(), angle.sin()  # float32 also under mixed precision, where near frames would fall together
+    x, y = heads[..., :half], heads[..., half:]
+    return torch.cat([x * cos - y * sin, x * sin + y * cos], dim=-1).to(heads.dtype)
 
 
 def sinusoidal_positions(num_frames: int, width: int) -> Tensor:

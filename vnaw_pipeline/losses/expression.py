@@ -1,56 +1,89 @@
-"""Objectives for expressions: over windows (V-NAW, the paper) and over frames (V-NAW, the public code).
+"""Expressions over windows (V-NAW, the paper) and over frames (V-NAW, the public code): units, their loss, and the
+agreement of two views.
 
-Both return the *sum* over units and their number, so that the mean over a batch does not depend on how the batch is
-split over forward passes or processes. `B` windows, `P` frames, `K` classes.
+Both functions return the *sum* over units and their number, so that the mean over a batch does not depend on how the
+batch is split over forward passes or processes. `B` windows, `P` frames, `K` classes.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vnaw_pipeline.config import LossConfig
-from vnaw_pipeline.losses.naw import constants_of, naw_weights
+from vnaw_pipeline.losses.objectives import at_least_float32, jensen_shannon, unit_losses
 from vnaw_pipeline.tasks import IGNORE_LABEL
 from vnaw_pipeline.windows.plan import window_labels
 
 
 def expression_loss(
-    logits: Tensor, labels: Tensor, valid: Tensor, config: LossConfig, progress: float
+    logits: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    config: LossConfig,
+    progress: float,
+    *,
+    class_weights: Tensor | None = None,
+    memory: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the loss over the units of a batch, and how many units there are, at the level of `config`.
+
+    Early-learning regularisation knows images only. Our reading: a frame's target is the moving average of its own
+    predictions over all windows that held it, and a window's is the mean of those of its valid frames, as its
+    prediction is the mean of theirs (Eq. 8).
 
     Args:
         logits: (B, P, K); the loss is computed in float32 at least.
         labels: int64 (B, P), IGNORE_LABEL where there is none. A frame that is not valid is not used either.
         valid: bool (B, P).
         progress: share of training done, in [0, 1].
+        class_weights: (K,), for `weighting: class | complement`.
+        memory: (B, P, K), for `objective: elr`: each frame's moving average, already updated with these predictions.
 
     Returns:
         loss sum and number of units, both scalars; 0 and 0 if nothing is labelled.
     """
     labels = labels.masked_fill(~valid, IGNORE_LABEL)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if config.level == "window":
         unit_labels = window_labels(labels, logits.shape[-1])
         used = unit_labels != IGNORE_LABEL
         log_p = window_log_probabilities(logits[used], valid[used])
+        if memory is not None:
+            of_valid = memory[used] * valid[used][:, :, None]
+            memory = of_valid.sum(dim=1) / valid[used].sum(dim=1, keepdim=True)
     else:
         unit_labels = labels.flatten()
         used = unit_labels != IGNORE_LABEL
-        log_p = logits.flatten(0, 1)[used].log_softmax(dim=-1)
-    targets = unit_labels[used]
-    losses = F.nll_loss(log_p, targets, reduction="none")
-    if config.label_smoothing:
-        losses = (1 - config.label_smoothing) * losses - config.label_smoothing * log_p.mean(dim=1)
-    if config.weighting == "naw":
-        weights = naw_weights(log_p.exp(), targets, progress, constants_of(config))
-        if not config.weights_carry_gradient:
-            weights = weights.detach()
-        if config.level == "window":
-            losses = (1 + weights) * losses  # Eq. 12
-        else:
-            losses = (config.lam_a + (1 - config.lam_a) * weights) * losses
+        log_p = at_least_float32(logits.flatten(0, 1)[used]).log_softmax(dim=-1)
+        memory = None if memory is None else memory.flatten(0, 1)[used]
+    targets = F.one_hot(unit_labels[used], logits.shape[-1]).to(log_p.dtype)
+    losses = unit_losses(log_p, targets, config, progress, class_weights=class_weights, memory=memory)
     return losses.sum(), used.sum()
+
+
+def view_consistency(
+    logits: Tensor, mirrored_logits: Tensor, valid: Tensor, level: Literal["window", "frame"]
+) -> tuple[Tensor, Tensor]:
+    """Sum over units of the Jensen-Shannon divergence between the predictions for two views, and how many units.
+
+    Units are the valid frames, or the windows that have one, labelled or not: the views should agree everywhere. Let
+    `valid` mark the labelled frames only to have the units of `expression_loss` at frame level.
+
+    Args:
+        logits, mirrored_logits: (B, P, K) twice, of the same frames.
+        valid: bool (B, P), of both.
+
+    Returns:
+        divergence sum in nats, between 0 and log 2 per unit, and number of units, both scalars.
+    """
+    if level == "window":
+        used = valid.any(dim=1)
+        pair = [window_log_probabilities(view[used], valid[used]) for view in (logits, mirrored_logits)]
+    else:
+        used = valid
+        pair = [view[used] for view in (logits, mirrored_logits)]
+    return jensen_shannon(*pair).sum(), used.sum()
 
 
 def window_log_probabilities(logits: Tensor, valid: Tensor) -> Tensor:
@@ -59,5 +92,5 @@ def window_log_probabilities(logits: Tensor, valid: Tensor) -> Tensor:
     Summed in log space, so that a class that no frame expects has a large loss and not an infinite one. Every window
     must have a valid frame.
     """
-    log_p = logits.log_softmax(dim=-1).masked_fill(~valid[:, :, None], -torch.inf)
+    log_p = at_least_float32(logits).log_softmax(dim=-1).masked_fill(~valid[:, :, None], -torch.inf)
     return log_p.logsumexp(dim=1) - valid.sum(dim=1, keepdim=True).to(log_p.dtype).log()

@@ -23,7 +23,10 @@ def joint_loss(
     config: PipelineConfig,
     progress: float,
     step_units: Mapping[TaskName, int],
-    unit_weights: Tensor | None,
+    *,
+    class_weights: Tensor | None = None,
+    memory: Tensor | None = None,
+    unit_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss of a part of an optimiser step, to be divided by the units that the main task has in the whole step.
 
@@ -37,6 +40,7 @@ def joint_loss(
         valid: bool (B, P).
         progress: share of training done, in [0, 1].
         step_units: `count_units` of each task over the whole step.
+        class_weights, memory: as of `expression_loss`.
         unit_weights: (U, 2), as of `units_loss`.
 
     Returns:
@@ -48,7 +52,9 @@ def joint_loss(
     def loss_of(task: Task) -> tuple[Tensor, Tensor]:
         of_task, truth = logits[..., columns[task.name]], labels[task.name]
         if task.kind == "classes":
-            return expression_loss(of_task, truth, valid, config.loss, progress)
+            return expression_loss(
+                of_task, truth, valid, config.loss, progress, class_weights=class_weights, memory=memory
+            )
         truth = truth.masked_fill(~valid[..., None], task.unlabelled)
         if task.kind == "units":
             return units_loss(of_task, truth, config.units_loss, unit_weights)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vnaw_pipeline.config import ImageLossConfig, LossConfig
+from vnaw_pipeline.config import ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ NAW_PRESETS: dict[Literal["nla", "public-code"], NawConstants] = {
 }
 
 
-def constants_of(config: LossConfig | ImageLossConfig) -> NawConstants:
+def constants_of(config: ObjectiveConfig) -> NawConstants:
     """The preset's constants, with the config's choice of the normaliser."""
     preset = NAW_PRESETS[config.preset]
     if config.normalised is None:

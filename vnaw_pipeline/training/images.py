@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vnaw_pipeline.config import FinetuneConfig, ImageLossConfig, PretrainConfig
-from vnaw_pipeline.errors import ConfigError
-from vnaw_pipeline.losses.images import image_loss, jensen_shannon, update_memory
+from vnaw_pipeline.losses.images import image_loss
+from vnaw_pipeline.losses.objectives import class_weights, jensen_shannon, prediction_memory, update_memory
 from vnaw_pipeline.processes import process_state
 from vnaw_pipeline.training.loop import Optimisation
 
@@ -37,7 +37,7 @@ class LabelObjective:
     """The configured loss of images against their labels, with what it knows of all N of them."""
 
     config: ImageLossConfig
-    class_weights: Tensor
+    class_weights: Tensor | None
     memory: dict[str, Tensor]
     """For early-learning regularisation: 'predictions' (N, K), each image's moving average; else empty."""
 
@@ -70,14 +70,10 @@ def label_objective(config: ImageLossConfig, targets: Tensor) -> LabelObjective:
     Raises:
         ConfigError: early-learning regularisation in several processes, each of which would remember a part.
     """
-    state = process_state()
-    if config.objective == "elr" and state.num_processes > 1:
-        raise ConfigError("objective elr remembers every image's predictions, so it runs in one process only.")
-    mass = targets.sum(dim=0)
-    weights = torch.where(mass > 0, 1 / mass.clamp(min=1e-9), 0.0)
-    weights = weights * mass.sum() / (weights * mass).sum()  # 1 on average over the targets
-    memory = {"predictions": torch.zeros_like(targets, device=state.device)} if config.objective == "elr" else {}
-    return LabelObjective(config, weights.to(state.device), memory)
+    weights = class_weights(targets.sum(dim=0), config.weighting)
+    if weights is not None:
+        weights = weights.to(process_state().device)
+    return LabelObjective(config, weights, prediction_memory(config, *targets.shape))
 
 
 def encoder_optimisation(settings: PretrainConfig | FinetuneConfig, steps_per_epoch: int, seed: int) -> Optimisation:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.losses.joint import count_units, joint_loss
+from vnaw_pipeline.losses.objectives import class_weights, prediction_memory, update_memory
 from vnaw_pipeline.losses.units import balanced_class_weights
 from vnaw_pipeline.manifests import read_manifest
 from vnaw_pipeline.metrics import score_predictions
@@ -28,7 +30,7 @@ from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, output_columns
 from vnaw_pipeline.temporal import TemporalModel
 from vnaw_pipeline.training.labels import LabelledBank, open_labelled_bank
 from vnaw_pipeline.training.loop import Optimisation, Recipe, fit, seed_of, split_step
-from vnaw_pipeline.windows.augment import channel_mask, skip_frames
+from vnaw_pipeline.windows.augment import channel_mask, erase_channels, mask_input, skip_frames, window_seeds
 from vnaw_pipeline.windows.batches import WindowBatch, gather_windows
 from vnaw_pipeline.windows.plan import (
     WindowPlan,
@@ -83,6 +85,7 @@ def train_windows(
     per_epoch = config.train.windows_per_epoch or len(plan)
     outputs = [name for each in config.tasks for name in each.outputs]
     without_any = train.means()
+    learning = _Learning.of(train, config)
     header = {
         "kind": "temporal",
         "task": task.name,
@@ -97,15 +100,15 @@ def train_windows(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = TemporalModel(store.embedding_dim, len(outputs), config.temporal)
-    balanced_units = "au" in train.labels and config.units_loss.weighting == "balanced"
     recipe = Recipe(
         model=model,
         steps=partial(_epoch_steps, train, plan, config, per_epoch),
-        objective=partial(_objective, config, balanced_class_weights(train.labels["au"]) if balanced_units else None),
+        objective=partial(_objective, config, learning),
         evaluate=partial(_evaluate, validation, config, np.array(without_any, np.float32)),
         header=header,
         label="train",
         score=task.metric,
+        memory=learning.memory,
     )
     optimisation = Optimisation(
         epochs=config.train.epochs,
@@ -166,6 +169,31 @@ def training_plan(train: LabelledBank, config: PipelineConfig) -> WindowPlan:
     return plan
 
 
+@dataclass(frozen=True)
+class _Learning:
+    """What the objective knows of all training rows. `class_weights` (K,) and `unit_weights` (U, 2) are None where
+    the config weights by neither; `memory` holds each row's moving average of class predictions (N + 1, K), if that
+    is asked for; `first` is the bank's."""
+
+    class_weights: Tensor | None
+    unit_weights: Tensor | None
+    memory: dict[str, Tensor]
+    first: Tensor
+
+    @classmethod
+    def of(cls, train: LabelledBank, config: PipelineConfig) -> "_Learning":
+        of_classes = next((task for task in config.tasks if task.kind == "classes"), None)
+        weights, memory = None, {}
+        if of_classes is not None:
+            labels, num_classes = train.labels[of_classes.name], len(of_classes.outputs)
+            counts = torch.bincount(labels[labels != IGNORE_LABEL], minlength=num_classes)
+            weights = class_weights(counts, config.loss.weighting)
+            memory = prediction_memory(config.loss, len(labels), num_classes)
+        balanced_units = "au" in train.labels and config.units_loss.weighting == "balanced"
+        unit_weights = balanced_class_weights(train.labels["au"]) if balanced_units else None
+        return cls(weights, unit_weights, memory, train.bank.first)
+
+
 def _epoch_steps(
     train: LabelledBank, plan: WindowPlan, config: PipelineConfig, per_epoch: int, epoch: int
 ) -> Iterator[list[WindowBatch]]:
@@ -174,11 +202,11 @@ def _epoch_steps(
     generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
     any_label, first = train.any_label().cpu(), train.bank.first.cpu()
     row_labels = {name: of_task.cpu() for name, of_task in train.labels.items()}
-    if config.train.sampling == "balanced":
+    if config.train.sampling != "uniform":
         rows = window_rows(plan, first, config.windows.window_frames, train.bank.zero_row)
         num_classes = len(TASKS[config.task].outputs)
         labels = window_labels(row_labels[config.task][rows], num_classes)
-        weights = balanced_weights(labels, num_classes)
+        weights = balanced_weights(labels, num_classes, 1.0 if config.train.sampling == "balanced" else 0.5)
         weights = torch.where(labels == IGNORE_LABEL, weights[labels != IGNORE_LABEL].mean(), weights)
         drawn = torch.multinomial(weights, per_epoch, replacement=True, generator=generator)
     else:
@@ -190,6 +218,7 @@ def _epoch_steps(
             plan.select(of_step), first, any_label, config.windows.window_frames, config.windows.skip, augmentation
         )
         keep = channel_mask(len(of_step), train.bank.embedding_dim, config.windows.erase_share, augmentation)
+        seeds = window_seeds(len(of_step), augmentation)
         step_units = {each.name: count_units(each, row_labels[each.name][rows], config) for each in config.tasks}
         batches = []
         parts = split_step(
@@ -197,16 +226,33 @@ def _epoch_steps(
         )
         for part in parts:
             batch = gather_windows(train.bank, train.labels, rows[part], plan.video[of_step[part]])
-            erased = batch.embeddings * keep[part][:, None].to(batch.embeddings)
-            batches.append(batch._replace(embeddings=erased, step_units=step_units))
+            erased = erase_channels(batch.embeddings, keep[part])
+            masked = mask_input(erased, seeds[part], config.windows.random_masking)
+            batches.append(batch._replace(embeddings=masked, step_units=step_units))
         yield batches
 
 
 def _objective(
-    config: PipelineConfig, unit_weights: Tensor | None, model: nn.Module, batch: WindowBatch, progress: float
+    config: PipelineConfig, learning: _Learning, model: nn.Module, batch: WindowBatch, progress: float
 ) -> tuple[Tensor, Tensor]:
     logits = model(batch.embeddings, batch.valid)
-    return joint_loss(logits, batch.labels, batch.valid, config, progress, batch.step_units, unit_weights)
+    remembered = None
+    if learning.memory:
+        of_classes = output_columns(config.tasks)[next(task.name for task in config.tasks if task.kind == "classes")]
+        rows = learning.first[batch.video][:, None] + batch.frame_index
+        update_memory(learning.memory["predictions"], rows[batch.valid], logits[batch.valid][:, of_classes])
+        remembered = learning.memory["predictions"][rows]
+    return joint_loss(
+        logits,
+        batch.labels,
+        batch.valid,
+        config,
+        progress,
+        batch.step_units,
+        class_weights=learning.class_weights,
+        memory=remembered,
+        unit_weights=learning.unit_weights,
+    )
 
 
 def _evaluate(

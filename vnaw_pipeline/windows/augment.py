@@ -1,13 +1,14 @@
-"""Augmentation of training windows: frame skipping on bank rows, erasing on embeddings.
+"""Augmentation of training windows: frame skipping on bank rows, erasing and masking on embeddings.
 
-Skipping only moves bank rows, so a label always goes with its frame. Seeded by the generator that is passed in.
+Skipping only moves bank rows, so a label always goes with its frame; erasing and masking take input away and leave
+frames valid and labelled. Seeded by what is passed in.
 `B` windows, `P` frames, `D` embedding width.
 """
 
 import torch
 from torch import Tensor
 
-from vnaw_pipeline.config import SkipConfig
+from vnaw_pipeline.config import MaskingConfig, SkipConfig
 from vnaw_pipeline.tasks import IGNORE_LABEL
 from vnaw_pipeline.windows.plan import WindowPlan, window_rows
 
@@ -87,3 +88,29 @@ def channel_mask(num_windows: int, width: int, share: float, generator: torch.Ge
     order = torch.rand(num_windows, width, generator=generator).argsort(dim=1)
     keep = torch.ones(num_windows, width, dtype=torch.bool)
     return keep.scatter_(1, order[:, : round(share * width)], False)
+
+
+def erase_channels(embeddings: Tensor, keep: Tensor) -> Tensor:
+    """Set the channels of each window that `keep` (B, D) leaves out to zero, in all its frames; (B, P, D)."""
+    return embeddings * keep[:, None].to(embeddings)
+
+
+def window_seeds(num_windows: int, generator: torch.Generator) -> Tensor:
+    """A seed for each window of a step, int64 (B,), so that a window's masks do not depend on how a step is split."""
+    return torch.randint(2**62, (num_windows,), generator=generator)
+
+
+def mask_input(embeddings: Tensor, seeds: Tensor, masking: MaskingConfig) -> Tensor:
+    """Set random frames, or random elements, of each window to zero; (B, P, D), with a seed for each window (B,).
+
+    Only the input is masked: a masked frame stays valid, is attended to, and is learnt from by its label, which the
+    model then has to find out from its neighbours. What stays is not scaled up, as dropout would. Source: Transformers
+    with Random Masking (ABAW6), p = 0.5; that each frame is drawn on its own is our reading.
+    """
+    if masking.mode == "none":
+        return embeddings
+    _, num_frames, width = embeddings.shape
+    shape = (num_frames, 1) if masking.mode == "frames" else (num_frames, width)
+    generator = torch.Generator()
+    masks = [torch.rand(shape, generator=generator.manual_seed(seed)) < masking.probability for seed in seeds.tolist()]
+    return embeddings.masked_fill(torch.stack(masks).to(embeddings.device), 0)

@@ -75,10 +75,11 @@ def labelled_share(labels: Tensor, inside: Tensor) -> Tensor:
     return (labels != IGNORE_LABEL).sum(dim=1) / inside.sum(dim=1).clamp(min=1)
 
 
-def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
-    """Sampling weight of each unit so that every class that occurs is drawn equally often; float64 (M,).
+def balanced_weights(labels: Tensor, num_classes: int, power: float = 1.0) -> Tensor:
+    """Sampling weight of each unit, n ** -power for one of a class of n; float64 (M,).
 
-    Units with IGNORE_LABEL get weight 0.
+    With power 1 every class that occurs is drawn equally often, with power 1/2 in proportion to the square root of its
+    size (CFC-SP). Units with IGNORE_LABEL get weight 0.
     """
     counts = torch.bincount(labels[labels != IGNORE_LABEL], minlength=num_classes).double()
-    return torch.where(labels == IGNORE_LABEL, 0.0, 1.0 / counts.clamp(min=1)[labels.clamp(min=0)])
+    return torch.where(labels == IGNORE_LABEL, 0.0, counts.clamp(min=1)[labels.clamp(min=0)] ** -power)
