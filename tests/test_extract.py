@@ -268,6 +268,42 @@ def test_a_crop_is_cut_greyed_and_freed_of_detail() -> None:
     assert not np.array_equal(right.of_face(rgb), right.of_crop(rgb)), "a picture framed as in training is not cut"
 
 
+TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+"""ViT-B/16 in all but its sizes."""
+
+
+def test_a_vit_gives_its_class_token_or_the_mean_of_its_patches(tmp_path: Path) -> None:
+    """Taken by hand from the last layer's normalised tokens, whose first is the class token; no weight changes."""
+    config = EncoderConfig(name="vit_base_patch16_224", weights="untrained", model_args=TINY_VIT)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        bare = timm.create_model(config.name, num_classes=0, **TINY_VIT).eval()
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    own, token, mean = (load_encoder(config.model_copy(update={"pool": pool})) for pool in (None, "token", "avg"))
+    with torch.inference_mode():
+        tokens = bare.forward_features(images)
+        assert tokens.shape == (3, 1 + 4 * 4, 16)
+        for encoder, wanted in ((own, tokens[:, 0]), (token, tokens[:, 0]), (mean, tokens[:, 1:].mean(dim=1))):
+            torch.testing.assert_close(encoder.model(images), wanted)
+    assert own.weights_digest == token.weights_digest == mean.weights_digest
+    assert [encoder.fingerprint()["pool"] for encoder in (own, token, mean)] == [None, "token", "avg"]
+
+
+def test_weights_record_how_they_were_pooled(tmp_path: Path) -> None:
+    """Null takes the file's way; another way gives other embeddings, to which the file's head does not belong."""
+    path = tmp_path / "w.safetensors"
+    config = EncoderConfig(name="vit_base_patch16_224", weights=path, model_args=TINY_VIT)
+    state = timm.create_model(config.name, num_classes=2, **TINY_VIT).state_dict()
+    recorded = {"kind": "encoder", "encoder": config.name, "model_args": TINY_VIT, "outputs": ["a", "b"]}
+    save_tensors(path, state, {**recorded, "pool": "avg"})
+    assert load_encoder(encoder_of_weights(path)).pool == "avg"
+    assert load_encoder(config).head is not None
+    token = load_encoder(config.model_copy(update={"pool": "token"}))
+    assert (token.pool, token.head) == ("token", None)
+    with pytest.raises(ConfigError, match=r"pool 'token' do not fit"):
+        load_encoder(EncoderConfig(weights="untrained", pool="token"))
+
+
 def test_damaged_weights_are_named_with_both_digests(tiny_config: PipelineConfig, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_tensors(path, {"a": torch.arange(1000.0)}, {"kind": "encoder"})

@@ -60,6 +60,8 @@ class EncoderConfig(_Section):
     input_px: int | None = Field(default=None, gt=0)
     """Side of the images the encoder takes. This and what follows: null is as the weights file records it, else the
     model's own (for a Swin give `model_args.img_size` too)."""
+    pool: Literal["token", "avg"] | None = None
+    """What of the last layer becomes the embedding: a ViT's class token, or the mean of the image's tokens."""
     mean: tuple[float, float, float] | None = None
     """Channel means in [0, 1]."""
     std: tuple[float, float, float] | None = None
