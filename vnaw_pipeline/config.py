@@ -4,7 +4,7 @@
 """
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -94,6 +94,17 @@ class ExtractConfig(_Section):
     """Threads that decode crops while the encoder works."""
     crop_set: str | None = None
     """A name for these crops in the fingerprint. null: from `crops.json` of `vnaw crop`, else 'unnamed'."""
+    views: tuple[Annotated[str, Field(pattern=r"^(plain|mirror|erase(0|[1-9][0-9]*))$")], ...] = ("plain",)
+    """What is encoded of every frame: `plain`, the encoder's input as it is, always; `mirror`, its mirror image;
+    `erase0`, `erase1` ..., each with other pixels erased. A store may get further views later."""
+    erase_span_frames: int = Field(default=100, gt=0)
+    """Frames in a row that have the same pixels erased; the window's length, as the paper's clips have one mask."""
+
+    @model_validator(mode="after")
+    def _plain_is_among_the_views(self) -> Self:
+        if "plain" not in self.views or len(set(self.views)) < len(self.views):
+            raise ValueError(f"views must hold 'plain', and none of them twice, got {list(self.views)}")
+        return self
 
 
 class ImageLossConfig(_Section):
