@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from vnaw_pipeline.config import load_config as load_config
     from vnaw_pipeline.crops.extract import extract_crops as extract_crops
     from vnaw_pipeline.features.bank import open_bank as open_bank
+    from vnaw_pipeline.features.exchange import export_features as export_features
+    from vnaw_pipeline.features.exchange import import_features as import_features
     from vnaw_pipeline.features.extract import extract_features as extract_features
     from vnaw_pipeline.features.store import open_store as open_store
     from vnaw_pipeline.inference.run import infer_video as infer_video
@@ -35,9 +37,11 @@ _HOMES = {
     "check_manifest": "checks",
     "evaluate_faces": "prediction.faces",
     "evaluate_predictions": "prediction.evaluate",
+    "export_features": "features.exchange",
     "extract_crops": "crops.extract",
     "extract_features": "features.extract",
     "finetune_encoder": "training.frames",
+    "import_features": "features.exchange",
     "infer_video": "inference.run",
     "infer_videos": "inference.run",
     "load_config": "config",
