@@ -67,6 +67,7 @@ def assert_holds_the_frames(store: FeatureStore) -> None:
 def test_a_gap_in_the_numbers_is_a_frame_that_is_not_valid(tree: Path, tmp_path: Path) -> None:
     report = import_features(manifest(**LENGTHS), tree, tmp_path / "s")
     assert (report.done, report.skipped, report.frames) == (5, 0, 31)
+    assert report.notes == ["8 of 31 frames are valid"]
     assert_holds_the_frames(open_store(tmp_path / "s"))
     again = import_features(manifest(**LENGTHS), tree, tmp_path / "s")
     assert (again.done, again.skipped, again.frames) == (0, 5, 0)

@@ -57,7 +57,7 @@ def import_features(manifest: Path | pd.DataFrame, features_dir: Path, store_pat
     units = [unit for video_id in foreign for unit in store.missing_units(video_id)]
     total = sum(len(store.units(video_id)) for video_id in foreign)
     frames = sum(unit.stop - unit.start for unit in units)
-    done, problems = 0, []
+    done, num_valid, problems = 0, 0, []
     with ThreadPoolExecutor(_READERS, thread_name_prefix="import") as pool, progress_bar("import", frames) as bar:
         for unit in units:
             try:
@@ -67,6 +67,7 @@ def import_features(manifest: Path | pd.DataFrame, features_dir: Path, store_pat
             else:
                 store.write_unit(unit, embeddings, valid)
                 done += 1
+                num_valid += int(valid.sum())
             bar.advance(unit.stop - unit.start)
     if problems:
         raise DataError(
@@ -80,6 +81,7 @@ def import_features(manifest: Path | pd.DataFrame, features_dir: Path, store_pat
         skipped=total - done,
         frames=frames,
         seconds=time.monotonic() - started,
+        notes=[f"{num_valid} of {frames} frames are valid"] if frames else [],
     )
 
 
