@@ -182,6 +182,25 @@ def test_a_view_is_not_added_where_crops_have_gone(
     assert open_store(path).embeddings(row.video_id[0], "mirror").any()
 
 
+def test_a_mended_crop_changes_every_view_that_the_store_has(
+    drawn: DrawnData, tiny_config: PipelineConfig, viewed: Path, tmp_path: Path
+) -> None:
+    """Also those that this run does not ask for: a frame is valid in all of them or in none."""
+    row, path = drawn.manifest[:1], tmp_path / "s"
+    shutil.copytree(drawn.crops / row.crops[0], tmp_path / "crops" / row.crops[0])
+    image = sorted((tmp_path / "crops" / row.crops[0]).glob("*.jpg"))[3]
+    whole = image.read_bytes()
+    image.write_bytes(whole[:100])
+    config = with_views(tiny_config, *ALL[1:], erase_span_frames=40)
+    assert not extract_features(row, tmp_path / "crops", path, config).ok
+    frame_index = int(image.stem) - 1
+    assert not any(open_store(path).embeddings(row.video_id[0], view)[frame_index].any() for view in ALL)
+    image.write_bytes(whole)
+    assert extract_features(row, tmp_path / "crops", path, tiny_config).ok
+    wanted = chunk_bytes(viewed)
+    assert chunk_bytes(path) == {name: wanted[name] for name in wanted if row.video_id[0] in name}
+
+
 def test_the_bank_holds_the_views_asked_for(viewed: Path) -> None:
     store = open_store(viewed)
     bank = open_bank(store, shown=False, views=("erase1", "mirror")).to(torch.device("cpu"))
