@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vnaw_pipeline.config import PipelineConfig
+from vnaw_pipeline.config import PipelineConfig, load_config
 from vnaw_pipeline.crops.source import decode_crop
 from vnaw_pipeline.errors import ConfigError, StoreError
 from vnaw_pipeline.features.bank import open_bank
@@ -214,7 +214,5 @@ def test_the_bank_holds_the_views_asked_for(viewed: Path) -> None:
 
 @pytest.mark.parametrize("views", [["mirror"], ["plain", "plain"], ["plain", "flip"], ["plain", "erase01"], []])
 def test_views_that_make_no_sense_are_refused(views: list[str]) -> None:
-    from vnaw_pipeline.config import load_config
-
     with pytest.raises(ConfigError, match="extract"):
         load_config(None, [f"extract.views={views}"])

@@ -74,7 +74,7 @@ def path_of(root: Path, layout: Layout, video_id: str) -> Path:
 
 
 def open_foreign_video(root: Path, layout: Layout, video_id: str, num_frames: int) -> ForeignVideo:
-    """Open a video of so many frames; files are listed and headers read, not embeddings.
+    """Open a video of so many frames; its files are listed, and its first and last embedding read.
 
     Raises:
         DataError: it is not there; a numbering, shape or type that does not fit; a line for each fault.
