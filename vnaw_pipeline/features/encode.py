@@ -83,11 +83,10 @@ def encode_chunks(
             buffers.batch = np.zeros((batch_frames, side, side, 3), dtype=np.uint8)
         batch = buffers.batch
         for position, frame_index in enumerate(range(start, stop)):
-            known = None if chunk.known_valid is None else chunk.known_valid[frame_index - chunk.start]
-            if known is not None and not known:
+            if chunk.known_valid is not None and not chunk.known_valid[frame_index - chunk.start]:
                 continue
             try:
-                crop = _read_crop(crops, frame_index, is_needed=known is not None)
+                crop = _read_crop(crops, frame_index, is_needed=chunk.known_valid is not None)
             except (DataError, OSError) as error:
                 result.failures.append(Failure(chunk.video_id, frame_index, str(error)))
                 continue

@@ -205,7 +205,7 @@ def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = Fals
     parts = [part for name in sorted(state) for part in (name.encode(), _bytes_of(state[name]))]
     outputs = tuple(weights_header(config.weights).get("outputs", ())) if isinstance(config.weights, Path) else ()
     pool = resolve_pool(config)
-    has_own_pool = pool == _recorded_pool(config)
+    fits_head = pool == _recorded_pool(config)
     return Encoder(
         name=config.name,
         model_args=config.model_args,
@@ -214,7 +214,7 @@ def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = Fals
         embedding_dim=embedding.shape[-1],
         weights_digest=digest_bytes(*parts),
         pool=pool,
-        head=_linear_head(head_state, embedding.shape[-1], len(outputs)) if has_own_pool else None,
+        head=_linear_head(head_state, embedding.shape[-1], len(outputs)) if fits_head else None,
         outputs=outputs,
     )
 
