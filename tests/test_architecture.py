@@ -51,7 +51,7 @@ ONLY_IN = {
     "retinaface": {"crops/detect.py"},
     "timm": {"features/encoder.py"},
     "zarr": {"features/store.py"},
-    "h5py": {"crops/source.py", "crops/sink.py", "layouts.py"},
+    "h5py": {"crops/source.py", "crops/sink.py", "layouts.py", "features/foreign.py"},
     "matplotlib": {"report/figures.py"},
 }
 """Libraries that one room hides from the others."""

@@ -55,6 +55,8 @@ FROZEN_OPTIONS = {
         "--allow-pickle",
     },
     "extract": {"--manifest", "--crops", "--store", "--config", "--set", "--allow-pickle"},
+    "import": {"--manifest", "--features", "--store"},
+    "export": {"--store", "--out", "--layout", "--manifest"},
     "train": {"--manifest", "--annotations", "--store", "--run-dir", "--config", "--set", "--fold", "--overwrite"},
     "predict": {"--manifest", "--store", "--run-dir", "--split", "--set", "--tuned"},
     "tune": {"--manifest", "--annotations", "--run-dir", "--split"},

@@ -20,9 +20,10 @@ from vnaw_pipeline.checkpoints import save_tensors
 from vnaw_pipeline.config import EncoderConfig, PipelineConfig, dump_config
 from vnaw_pipeline.crops.source import decode_crop
 from vnaw_pipeline.errors import CheckpointError, ConfigError, StoreError
+from vnaw_pipeline.features.encode import Chunk
 from vnaw_pipeline.features.encoder import Preprocessing, build_encoder, encoder_of_weights, load_encoder
 from vnaw_pipeline.features.extract import extract_features, share_of
-from vnaw_pipeline.features.store import Unit, open_store
+from vnaw_pipeline.features.store import open_store
 
 from .conftest import DrawnData
 
@@ -30,7 +31,7 @@ from .conftest import DrawnData
 def store_digest(path: Path) -> str:
     """Digest of every chunk's name and bytes."""
     sha = hashlib.sha256()
-    for view in ("plain", "valid"):
+    for view in sorted(entry.name for entry in path.iterdir() if entry.is_dir()):
         for file in sorted((path / view).rglob("*")):
             if file.is_file():
                 sha.update(str(file.relative_to(path)).encode())
@@ -163,6 +164,20 @@ def command(drawn: DrawnData, config: PipelineConfig, store: Path, tmp_path: Pat
     return ["-m", "vnaw_pipeline", "extract", *(str(part) for pair in options.items() for part in pair)]
 
 
+@pytest.fixture(scope="module")
+def views_config(tiny_config: PipelineConfig) -> PipelineConfig:
+    views = {"views": ("plain", "mirror", "erase0"), "erase_span_frames": 40}
+    return tiny_config.model_copy(update={"extract": tiny_config.extract.model_copy(update=views)})
+
+
+@pytest.fixture(scope="module")
+def views_digest(drawn: DrawnData, views_config: PipelineConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of a store with three views that one process made in one go."""
+    path = tmp_path_factory.mktemp("views") / "s"
+    assert extract_features(drawn.manifest, drawn.crops, path, views_config).ok
+    return store_digest(path)
+
+
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -173,37 +188,39 @@ def command(drawn: DrawnData, config: PipelineConfig, store: Path, tmp_path: Pat
     ],
 )
 def test_launched_processes_write_the_same_bytes(
-    launcher: list[str], drawn: DrawnData, tiny_config: PipelineConfig, drawn_store: Path, tmp_path: Path
+    launcher: list[str], drawn: DrawnData, views_config: PipelineConfig, views_digest: str, tmp_path: Path
 ) -> None:
     """torchrun really starts two processes; accelerate's launcher starts one on a CPU without MPI (see the README)."""
-    line = [sys.executable, "-m", *launcher, *command(drawn, tiny_config, tmp_path / "s", tmp_path)]
-    finished = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+    line = [sys.executable, "-m", *launcher, *command(drawn, views_config, tmp_path / "s", tmp_path)]
+    finished = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
     assert finished.returncode == 0, finished.stderr[-2000:]
-    assert finished.stdout.count("extract: 7 chunks done") == 1
-    assert store_digest(tmp_path / "s") == store_digest(drawn_store)
+    assert finished.stdout.count("extract: 21 chunks done") == 1
+    assert store_digest(tmp_path / "s") == views_digest
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.1])
 def test_a_killed_extraction_goes_on(
-    seconds: float, drawn: DrawnData, tiny_config: PipelineConfig, drawn_store: Path, tmp_path: Path
+    seconds: float, drawn: DrawnData, views_config: PipelineConfig, views_digest: str, tmp_path: Path
 ) -> None:
-    process = subprocess.Popen([sys.executable, *command(drawn, tiny_config, tmp_path / "s", tmp_path)])
+    process = subprocess.Popen([sys.executable, *command(drawn, views_config, tmp_path / "s", tmp_path)])
     while not (tmp_path / "s" / "valid").exists() and process.poll() is None:
         time.sleep(0.002)
     time.sleep(seconds)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "the run must not have ended before the kill"
     (tmp_path / "s" / "valid" / "zarr.0123.partial").write_text("{")  # what a kill in the middle of a write leaves
-    assert extract_features(drawn.manifest, drawn.crops, tmp_path / "s", tiny_config).ok
-    assert store_digest(tmp_path / "s") == store_digest(drawn_store)
+    assert extract_features(drawn.manifest, drawn.crops, tmp_path / "s", views_config).ok
+    assert store_digest(tmp_path / "s") == views_digest
 
 
-def test_units_are_shared_by_frames_and_none_twice() -> None:
-    units = [Unit(f"v{i}", 0, length) for i, length in enumerate([1000, 10, 10, 500, 480, 30])]
-    shares = [share_of(units, index, 2) for index in range(2)]
-    assert sorted(u.video_id for share in shares for u in share) == sorted(u.video_id for u in units)
-    assert [sum(u.stop - u.start for u in share) for share in shares] == [1020, 1010]
-    assert share_of(units[:1], 1, 2) == []
+def test_chunks_are_shared_by_frames_and_none_twice() -> None:
+    chunks = [Chunk(f"v{i}", 0, length, {"plain": {}}) for i, length in enumerate([1000, 10, 10, 500, 480, 30])]
+    shares = [share_of(chunks, index, 2) for index in range(2)]
+    assert sorted(c.video_id for share in shares for c in share) == sorted(c.video_id for c in chunks)
+    assert [sum(c.stop - c.start for c in share) for share in shares] == [1020, 1010]
+    assert share_of(chunks[:1], 1, 2) == []
+    two_views = Chunk("w", 0, 600, {"mirror": {}, "erase0": {}})
+    assert share_of([*chunks[:1], two_views, Chunk("x", 0, 900, {"plain": {}})], 0, 2) == [two_views]
 
 
 def test_weights_files_are_checked(tiny_config: PipelineConfig, tmp_path: Path) -> None:
@@ -266,6 +283,42 @@ def test_a_crop_is_cut_greyed_and_freed_of_detail() -> None:
     right = replace(plain, face_region=(0.5, 0.0, 1.0, 0.5), input_px=48)
     assert np.array_equal(right.of_crop(rgb), rgb[:48, 48:])
     assert not np.array_equal(right.of_face(rgb), right.of_crop(rgb)), "a picture framed as in training is not cut"
+
+
+TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+"""ViT-B/16 in all but its sizes."""
+
+
+def test_a_vit_gives_its_class_token_or_the_mean_of_its_patches() -> None:
+    """Taken by hand from the last layer's normalised tokens, whose first is the class token; no weight changes."""
+    config = EncoderConfig(name="vit_base_patch16_224", weights="untrained", model_args=TINY_VIT)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        bare = timm.create_model(config.name, num_classes=0, **TINY_VIT).eval()
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    own, token, mean = (load_encoder(config.model_copy(update={"pool": pool})) for pool in (None, "token", "avg"))
+    with torch.inference_mode():
+        tokens = bare.forward_features(images)
+        assert tokens.shape == (3, 1 + 4 * 4, 16)
+        for encoder, wanted in ((own, tokens[:, 0]), (token, tokens[:, 0]), (mean, tokens[:, 1:].mean(dim=1))):
+            torch.testing.assert_close(encoder.model(images), wanted)
+    assert own.weights_digest == token.weights_digest == mean.weights_digest
+    assert [encoder.fingerprint()["pool"] for encoder in (own, token, mean)] == [None, "token", "avg"]
+
+
+def test_weights_record_how_they_were_pooled(tmp_path: Path) -> None:
+    """Null takes the file's way; another way gives other embeddings, to which the file's head does not belong."""
+    path = tmp_path / "w.safetensors"
+    config = EncoderConfig(name="vit_base_patch16_224", weights=path, model_args=TINY_VIT)
+    state = timm.create_model(config.name, num_classes=2, **TINY_VIT).state_dict()
+    recorded = {"kind": "encoder", "encoder": config.name, "model_args": TINY_VIT, "outputs": ["a", "b"]}
+    save_tensors(path, state, {**recorded, "pool": "avg"})
+    assert load_encoder(encoder_of_weights(path)).pool == "avg"
+    assert load_encoder(config).head is not None
+    token = load_encoder(config.model_copy(update={"pool": "token"}))
+    assert (token.pool, token.head) == ("token", None)
+    with pytest.raises(ConfigError, match=r"pool 'token' do not fit"):
+        load_encoder(EncoderConfig(weights="untrained", pool="token"))
 
 
 def test_damaged_weights_are_named_with_both_digests(tiny_config: PipelineConfig, tmp_path: Path) -> None:

@@ -30,12 +30,14 @@ def test_finetuning_writes_an_encoder_that_extraction_loads(
     drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
 ) -> None:
     run = tmp_path / "ft"
-    report = finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, run, tiny_config)
+    config = tiny_config.model_copy(update={"encoder": tiny_config.encoder.model_copy(update={"pool": "avg"})})
+    report = finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, run, config)
     assert report.ok
     assert len(losses(run)) == 2
     best = run / "checkpoint" / "best.safetensors"
     tuned = load_encoder(tiny_config.encoder.model_copy(update={"weights": best}))
     assert tuned.weights_digest != load_encoder(tiny_config.encoder).weights_digest
+    assert tuned.pool == "avg", "the file says how its model pools"
     weights = load_file(best)
     for name, value in tuned.model.state_dict().items():
         assert torch.equal(value, weights[name])

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -27,7 +28,7 @@ from vnaw_pipeline.features.extract import extract_features
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.inference import answers
 from vnaw_pipeline.inference import run as run_module
-from vnaw_pipeline.inference.analyse import DEFAULT_ENCODER, in_order
+from vnaw_pipeline.inference.analyse import DEFAULT_ENCODER, in_order, open_models
 from vnaw_pipeline.inference.answers import finish, spans_of
 from vnaw_pipeline.inference.run import infer_videos
 from vnaw_pipeline.manifests import build_manifest
@@ -520,6 +521,16 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
 def test_another_encoder_than_the_runs_is_refused(run_dir: Path) -> None:
     with pytest.raises(CheckpointError, match="was trained on the features of another encoder"):
         infer_video(carphone_path(), encoder=DEFAULT_ENCODER, run_dir=run_dir)
+
+
+def test_a_run_on_imported_features_is_refused(run_dir: Path, tiny_config: PipelineConfig) -> None:
+    run = open_run(run_dir)
+    imported = replace(run, header={**run.header, "features": {"imported": "tree", "name": "features_mean"}})
+    with (
+        pytest.raises(CheckpointError, match="was trained on features that `vnaw import` took over"),
+        open_models(tiny_config, None, imported),
+    ):
+        pass
 
 
 def test_an_encoder_without_a_head_needs_a_run(tiny_config: PipelineConfig) -> None:

@@ -73,7 +73,7 @@ def test_foreign_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="There is no feature store"):
         open_store(tmp_path / "nowhere")
     zarr.create_group(tmp_path / "other", attributes={"made_by": "somebody"})
-    with pytest.raises(StoreError, match="not a feature store of this program"):
+    with pytest.raises(StoreError, match="not a feature store of this version"):
         open_store(tmp_path / "other")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "zarr.json").write_text("{")

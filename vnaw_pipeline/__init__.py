@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vnaw_pipeline.experiments import ablate as ablate
     from vnaw_pipeline.experiments import cross_validate as cross_validate
     from vnaw_pipeline.features.bank import open_bank as open_bank
+    from vnaw_pipeline.features.exchange import export_features as export_features
+    from vnaw_pipeline.features.exchange import import_features as import_features
     from vnaw_pipeline.features.extract import extract_features as extract_features
     from vnaw_pipeline.features.store import open_store as open_store
     from vnaw_pipeline.inference.run import infer_video as infer_video
@@ -42,9 +44,11 @@ _HOMES = {
     "cross_validate": "experiments",
     "evaluate_faces": "prediction.faces",
     "evaluate_predictions": "prediction.evaluate",
+    "export_features": "features.exchange",
     "extract_crops": "crops.extract",
     "extract_features": "features.extract",
     "finetune_encoder": "training.frames",
+    "import_features": "features.exchange",
     "infer_video": "inference.run",
     "infer_videos": "inference.run",
     "load_config": "config",

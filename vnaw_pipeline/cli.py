@@ -211,6 +211,40 @@ def extract(
     _finish(extract_features(manifest, crops, store, load_config(config, overrides), allow_pickle=allow_pickle))
 
 
+@app.command("import")
+def import_(
+    manifest: Manifest,
+    features: Annotated[
+        Path,
+        typer.Option(help="Folder of <video>/00001.npy ..., or of <video>.h5 files.", exists=True, file_okay=False),
+    ],
+    store: Store,
+) -> None:
+    """Take over embeddings that another program made into a feature store."""
+    from vnaw_pipeline.features.exchange import import_features
+
+    _only_alone("import")
+    _finish(import_features(manifest, features, store))
+
+
+@app.command()
+def export(
+    store: Store,
+    out: Annotated[Path, typer.Option(help="Folder for the files.", file_okay=False)],
+    layout: Annotated[
+        Literal["tree", "hdf5"], typer.Option(help="An .npy file a frame, or an HDF5 file a video.")
+    ] = "tree",
+    manifest: Annotated[
+        Path | None, typer.Option(help="Manifest of the videos to write; without it, all.", exists=True, dir_okay=False)
+    ] = None,
+) -> None:
+    """Write a store's embeddings as .npy or HDF5 files for other programs."""
+    from vnaw_pipeline.features.exchange import export_features
+
+    _only_alone("export")
+    _finish(export_features(store, out, layout, manifest))
+
+
 @app.command()
 def train(
     manifest: Manifest,

@@ -60,6 +60,8 @@ class EncoderConfig(_Section):
     input_px: int | None = Field(default=None, gt=0)
     """Side of the images the encoder takes. This and what follows: null is as the weights file records it, else the
     model's own (for a Swin give `model_args.img_size` too)."""
+    pool: Literal["token", "avg"] | None = None
+    """What of the last layer becomes the embedding: a ViT's class token, or the mean of the image's tokens."""
     mean: tuple[float, float, float] | None = None
     """Channel means in [0, 1]."""
     std: tuple[float, float, float] | None = None
@@ -92,6 +94,17 @@ class ExtractConfig(_Section):
     """Threads that decode crops while the encoder works."""
     crop_set: str | None = None
     """A name for these crops in the fingerprint. null: from `crops.json` of `vnaw crop`, else 'unnamed'."""
+    views: tuple[Annotated[str, Field(pattern=r"^(plain|mirror|erase(0|[1-9][0-9]*))$")], ...] = ("plain",)
+    """What is encoded of every frame: `plain`, the encoder's input as it is, always; `mirror`, its mirror image;
+    `erase0`, `erase1` ..., each with other pixels erased. A store may get further views later."""
+    erase_span_frames: int = Field(default=100, gt=0)
+    """Frames in a row that have the same pixels erased; the window's length, as the paper's clips have one mask."""
+
+    @model_validator(mode="after")
+    def _plain_is_among_the_views(self) -> Self:
+        if "plain" not in self.views or len(set(self.views)) < len(self.views):
+            raise ValueError(f"views must hold 'plain', and none of them twice, got {list(self.views)}")
+        return self
 
 
 class ObjectiveConfig(_Section):

@@ -96,7 +96,8 @@ class Preprocessing:
 class Encoder:
     """A timm model without its head, its preprocessing, and the digest of its weights.
 
-    `head` maps an embedding (B, D) to the logits (B, K) of `outputs`; None where the weights have no head of ours.
+    `head` maps an embedding (B, D) to the logits (B, K) of `outputs`; None where the weights have no head of ours, or
+    one that was trained on another `pool` (see `resolve_pool`).
     """
 
     name: str
@@ -105,6 +106,7 @@ class Encoder:
     preprocessing: Preprocessing
     embedding_dim: int
     weights_digest: str
+    pool: str | None = None
     head: nn.Module | None = None
     outputs: tuple[str, ...] = ()
 
@@ -114,6 +116,7 @@ class Encoder:
             "encoder": self.name,
             "model_args": self.model_args,
             "weights": self.weights_digest,
+            "pool": self.pool,
             **self.preprocessing.recorded(),
         }
 
@@ -128,18 +131,21 @@ def create_model(config: EncoderConfig, num_classes: int, seed: int = 0) -> nn.M
     if not timm.is_model(config.name):
         close = timm.list_models(f"*{config.name.split('_')[0]}*")[:8]
         raise ConfigError(f"encoder.name {config.name!r} is not a timm model. Similar: {', '.join(close) or 'none'}.")
-    pretrained = config.weights == "pretrained"
+    pretrained, pool = config.weights == "pretrained", resolve_pool(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             model: nn.Module = timm.create_model(
                 config.name, pretrained=pretrained, num_classes=num_classes, **config.model_args
             )
+            if pool is not None:
+                # Not timm's `global_pool` argument: it may move the last norm, which the weights were not trained for.
+                model.reset_classifier(num_classes, pool)  # type: ignore[operator]
         except Exception as error:
             if not pretrained or isinstance(error, TypeError | IndexError | AssertionError):
                 fault = f"{type(error).__name__}: {error}"
                 raise ConfigError(
-                    f"encoder.model_args {config.model_args} do not fit {config.name} ({fault})."
+                    f"encoder.model_args {config.model_args} and pool {pool!r} do not fit {config.name} ({fault})."
                 ) from error
             raise ConfigError(
                 f"The pretrained weights of {config.name} could not be downloaded ({type(error).__name__}). Without "
@@ -198,6 +204,8 @@ def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = Fals
     state = model.state_dict()
     parts = [part for name in sorted(state) for part in (name.encode(), _bytes_of(state[name]))]
     outputs = tuple(weights_header(config.weights).get("outputs", ())) if isinstance(config.weights, Path) else ()
+    pool = resolve_pool(config)
+    fits_head = pool == _recorded_pool(config)
     return Encoder(
         name=config.name,
         model_args=config.model_args,
@@ -205,7 +213,8 @@ def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = Fals
         preprocessing=preprocessing,
         embedding_dim=embedding.shape[-1],
         weights_digest=digest_bytes(*parts),
-        head=_linear_head(head_state, embedding.shape[-1], len(outputs)),
+        pool=pool,
+        head=_linear_head(head_state, embedding.shape[-1], len(outputs)) if fits_head else None,
         outputs=outputs,
     )
 
@@ -231,6 +240,16 @@ def encoder_of_weights(weights: str | Path) -> EncoderConfig:
             f"{path} does not record which encoder it holds. Give one that `vnaw pretrain` or `vnaw finetune` wrote."
         )
     return EncoderConfig(name=header["encoder"], weights=path, model_args=header["model_args"])
+
+
+def resolve_pool(config: EncoderConfig) -> str | None:
+    """How the model of `config` pools: as it says, else as its weights file records it, else None, the model's own."""
+    return config.pool or _recorded_pool(config)
+
+
+def _recorded_pool(config: EncoderConfig) -> str | None:
+    recorded: str | None = weights_header(config.weights).get("pool") if isinstance(config.weights, Path) else None
+    return recorded
 
 
 def weights_header(path: Path) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """The feature store: embeddings of every frame of every video, made once, in Zarr v3.
 
 Layout: `<store>/<view>/<video_id>` float16 (T, D) and `<store>/valid/<video_id>` bool (T,), uncompressed, in chunks of
-up to 4096 frames. The root's attributes hold the fingerprint of what made the embeddings. One chunk of one video is a
-work unit: it is written whole, `valid` first, by one process; it is done if and only if its embeddings are there.
+up to 4096 frames. The root's attributes hold the fingerprint of what made the plain embeddings, and for each view the
+recipe that made it from the same input; a view may be added later. One chunk of one view of one video is a work unit:
+it is written whole, `valid` first, by one process; it is done if and only if its embeddings are there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,24 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from vnaw_pipeline.errors import StoreError
+from vnaw_pipeline.features.views import PLAIN, Recipe
 from vnaw_pipeline.provenance import differences
 
 CHUNK_FRAMES = 4096
-PLAIN = "plain"
+IMPORTED = "imported"
+"""Key of a fingerprint whose embeddings no encoder of ours made."""
 _VALID = "valid"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One chunk of one video: frames [start, stop)."""
+    """One chunk of one view of one video: frames [start, stop)."""
 
     video_id: str
     start: int
     stop: int
+    view: str = PLAIN
 
 
 class FeatureStore:
@@ -43,86 +47,116 @@ class FeatureStore:
         attributes: dict[str, Any] = group.attrs.asdict()
         self.fingerprint: dict[str, Any] = attributes["fingerprint"]
         self.embedding_dim: int = attributes["embedding_dim"]
+        self.views: dict[str, Recipe] = attributes["views"]
 
-    def add_video(self, video_id: str, num_frames: int) -> None:
-        """Make room for a video. Doing it again is allowed; with another number of frames it is an error."""
-        if self.has_video(video_id):
-            if (found := self.num_frames(video_id)) != num_frames:
+    def add_views(self, views: Mapping[str, Recipe]) -> None:
+        """Make room for views, beside those that are there.
+
+        Raises:
+            StoreError: a view is there already, and was made by another recipe.
+        """
+        for view in views.keys() & self.views.keys():
+            if unlike := differences(self.views[view], views[view]):
                 raise StoreError(
-                    f"{self.path} holds '{video_id}' with {found} frames, the manifest says {num_frames}. "
-                    f"Remove {self.path / PLAIN / video_id} and {self.path / _VALID / video_id} to extract it again."
+                    f"View '{view}' in {self.path} was made in another way: {'; '.join(unlike)}. Extract a view of "
+                    "another name, or use the config that made this one."
                 )
-            return
-        rows = min(num_frames, CHUNK_FRAMES)
-        for name, shape, dtype, chunks in (
-            (f"{_VALID}/{video_id}", (num_frames,), "bool", (rows,)),
-            (f"{PLAIN}/{video_id}", (num_frames, self.embedding_dim), "float16", (rows, self.embedding_dim)),
-        ):
-            # A chunk of zeros must be written like any other: that it is there is what says 'done'.
-            options: Any = {"write_empty_chunks": True}
-            self._group.create_array(
-                name, shape=shape, dtype=dtype, chunks=chunks, compressors=None, config=options, overwrite=True
+        if views.keys() - self.views.keys():
+            self.views = {**self.views, **views}
+            self._group.attrs["views"] = self.views
+
+    def add_video(self, video_id: str, num_frames: int, views: Sequence[str] = (PLAIN,)) -> None:
+        """Make room for a video. Doing it again is allowed; with another number of frames it is an error."""
+        rows, dim = min(num_frames, CHUNK_FRAMES), self.embedding_dim
+        held = [view for view in self.views if self.has_video(video_id, view)]
+        if found := {self.num_frames(video_id, view) for view in held} - {num_frames}:
+            folders = ", ".join(str(self.path / folder / video_id) for folder in (_VALID, *held))
+            raise StoreError(
+                f"{self.path} holds '{video_id}' with {found.pop()} frames, the manifest says {num_frames}. "
+                f"Remove {folders} to make it again."
             )
+        if PLAIN not in held:
+            self._make_array(f"{_VALID}/{video_id}", (num_frames,), "bool", (rows,))
+        for view in views:
+            if view not in held:
+                self._make_array(f"{view}/{video_id}", (num_frames, dim), "float16", (rows, dim))
 
-    def has_video(self, video_id: str) -> bool:
+    def has_video(self, video_id: str, view: str = PLAIN) -> bool:
         """Whether the video has its place in the store (its embeddings may still be missing)."""
-        return f"{PLAIN}/{video_id}" in self._group
+        return f"{view}/{video_id}" in self._group
 
-    def num_frames(self, video_id: str) -> int:
+    def num_frames(self, video_id: str, view: str = PLAIN) -> int:
         """Frames of a video in the store."""
-        return self._array(PLAIN, video_id).shape[0]
+        return self._array(view, video_id).shape[0]
 
-    def units(self, video_id: str) -> list[Unit]:
-        """All chunks of a video, in order."""
-        array = self._array(PLAIN, video_id)
+    def units(self, video_id: str, view: str = PLAIN) -> list[Unit]:
+        """All chunks of a view of a video, in order; those of its other views are cut at the same frames."""
+        array = self._array(view, video_id)
         starts = range(0, array.shape[0], array.chunks[0])
-        return [Unit(video_id, start, min(start + array.chunks[0], array.shape[0])) for start in starts]
+        return [Unit(video_id, start, min(start + array.chunks[0], array.shape[0]), view) for start in starts]
 
-    def missing_units(self, video_id: str) -> list[Unit]:
-        """The chunks of a video that are not there, or not there in full (a copy that was cut off)."""
-        array = self._array(PLAIN, video_id)
+    def missing_units(self, video_id: str, view: str = PLAIN) -> list[Unit]:
+        """The chunks of a view of a video that are not there, or not there in full (a copy that was cut off)."""
+        array = self._array(view, video_id)
         rows = array.chunks[0]
         chunk_bytes = rows * self.embedding_dim * array.dtype.itemsize  # the last chunk is stored padded
         return [
             unit
-            for unit in self.units(video_id)
+            for unit in self.units(video_id, view)
             if self._object_bytes(f"{array.path}/c/{unit.start // rows}/0") != chunk_bytes
         ]
 
     def write_unit(self, unit: Unit, embeddings: npt.NDArray[np.float16], valid: npt.NDArray[np.bool_]) -> None:
         """Write one chunk: embeddings (stop - start, D), valid (stop - start,). Each object is renamed into place."""
-        for view, rows in ((_VALID, valid), (PLAIN, embeddings)):
+        for view, rows in ((_VALID, valid), (unit.view, embeddings)):
             array = self._array(view, unit.video_id).with_config({"write_empty_chunks": True})
             array[unit.start : unit.stop] = rows
 
-    def embeddings(self, video_id: str) -> npt.NDArray[np.float16]:
+    def embeddings(self, video_id: str, view: str = PLAIN) -> npt.NDArray[np.float16]:
         """All embeddings of a video, (T, D); rows of frames without a usable crop are zero.
 
         Raises:
             StoreError: the video is not in the store, or not complete.
         """
-        self.require([video_id])
-        return np.asarray(self._array(PLAIN, video_id)[:])
+        self.require([video_id], [view])
+        return np.asarray(self._array(view, video_id)[:])
 
     def valid(self, video_id: str) -> npt.NDArray[np.bool_]:
-        """Which frames of a video have an embedding, (T,)."""
+        """Which frames of a video have an embedding, (T,); in all its views."""
         self.require([video_id])
         return np.asarray(self._array(_VALID, video_id)[:])
 
-    def read_into(self, video_id: str, embeddings: npt.NDArray[np.float16], valid: npt.NDArray[np.bool_]) -> None:
-        """Read a video into rows of larger arrays: embeddings (T, D), valid (T,). The video must be complete."""
+    def valid_in(self, unit: Unit) -> npt.NDArray[np.bool_]:
+        """Which frames of a chunk that is there have an embedding, (stop - start,)."""
+        return np.asarray(self._array(_VALID, unit.video_id)[unit.start : unit.stop])
+
+    def read_into(
+        self,
+        video_id: str,
+        embeddings: npt.NDArray[np.float16],
+        valid: npt.NDArray[np.bool_],
+        view: str = PLAIN,
+    ) -> None:
+        """Read a video into rows of larger arrays: embeddings (T, D), valid (T,). The view must be complete."""
         with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
-            embeddings[:] = self._array(PLAIN, video_id)[:]
+            embeddings[:] = self._array(view, video_id)[:]
             valid[:] = self._array(_VALID, video_id)[:]
 
-    def require(self, video_ids: list[str]) -> None:
-        """Raise StoreError unless every one of the videos is there in full."""
-        missing = [video_id for video_id in video_ids if not self.has_video(video_id) or self.missing_units(video_id)]
-        if missing:
-            raise StoreError(
-                f"{self.path} lacks {len(missing)} of {len(video_ids)} videos, or parts of them: "
-                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Run `vnaw extract` (again)."
-            )
+    def require(self, video_ids: Sequence[str], views: Iterable[str] = (PLAIN,)) -> None:
+        """Raise StoreError unless every one of the videos is there in full, in every one of the views."""
+        for view in views:
+            if view not in self.views:
+                raise StoreError(
+                    f"{self.path} has no view '{view}', only {', '.join(self.views)}. Add it to extract.views and run "
+                    "`vnaw extract` again, which keeps what is there; imported features have no other views."
+                )
+            missing = [v for v in video_ids if not self.has_video(v, view) or self.missing_units(v, view)]
+            if missing:
+                raise StoreError(
+                    f"{self.path} lacks {len(missing)} of {len(video_ids)} videos in view '{view}', or parts of them: "
+                    f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. "
+                    f"Run `vnaw {'import' if IMPORTED in self.fingerprint else 'extract'}` (again)."
+                )
 
     def video_ids(self) -> list[str]:
         """All videos that have a place in the store, sorted."""
@@ -134,11 +168,18 @@ class FeatureStore:
         for partial in self.path.rglob("*.partial"):
             partial.unlink(missing_ok=True)
 
+    def _make_array(self, name: str, shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...]) -> None:
+        # A chunk of zeros must be written like any other: that it is there is what says 'done'.
+        options: Any = {"write_empty_chunks": True}
+        self._group.create_array(
+            name, shape=shape, dtype=dtype, chunks=chunks, compressors=None, config=options, overwrite=True
+        )
+
     def _array(self, view: str, video_id: str) -> zarr.Array[Any]:
         array = self._group.get(f"{view}/{video_id}")
         if not isinstance(array, zarr.Array):
             raise StoreError(
-                f"{self.path} has no video '{video_id}'. Run `vnaw extract` with a manifest that names it."
+                f"{self.path} has no video '{video_id}' in '{view}'. Run `vnaw extract` with a manifest that names it."
             )
         return array
 
@@ -149,25 +190,39 @@ class FeatureStore:
             return None
 
 
-def create_store(path: Path, fingerprint: Mapping[str, Any], embedding_dim: int) -> FeatureStore:
-    """Open the store at `path` to write into it; make it if nothing is there.
+def create_store(
+    path: Path, fingerprint: Mapping[str, Any], embedding_dim: int, views: Mapping[str, Recipe] | None = None
+) -> FeatureStore:
+    """Open the store at `path` to write these views into it (None: plain); make it if nothing is there.
 
     Raises:
-        StoreError: `path` is something else, or a store with another fingerprint (it says what differs).
+        StoreError: `path` is something else, or a store with another fingerprint or recipe (it says what differs).
     """
     found = [entry for entry in path.iterdir() if entry.suffix != ".partial"] if path.exists() else []
     if found and not (path / "zarr.json").exists():
         raise StoreError(f"{path} is not empty and is not a feature store. Give a new folder.")
     if not (path / "zarr.json").exists():
-        attributes = {"format": _FORMAT, "embedding_dim": embedding_dim, "fingerprint": dict(fingerprint)}
+        attributes = {
+            "format": _FORMAT,
+            "embedding_dim": embedding_dim,
+            "fingerprint": dict(fingerprint),
+            "views": {PLAIN: {}},
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         zarr.create_group(LocalStore(path), attributes=attributes)
     store = open_store(path, read_only=False)
+    if (IMPORTED in store.fingerprint) != (IMPORTED in fingerprint):
+        found_by, wanted_by = ("import", "extract") if IMPORTED in store.fingerprint else ("extract", "import")
+        raise StoreError(
+            f"The features in {path} were made by `vnaw {found_by}`; `vnaw {wanted_by}` does not add to them. "
+            "Give a new folder."
+        )
     if unlike := differences(store.fingerprint, fingerprint):
         raise StoreError(
             f"The features in {path} were made in another way: {'; '.join(unlike)}. "
-            "Extract into a new store, or use the config that made this one."
+            "Make a new store, or use what made this one."
         )
+    store.add_views(views or {})
     return store
 
 
@@ -186,5 +241,8 @@ def open_store(path: str | Path, read_only: bool = True) -> FeatureStore:
     except Exception as error:
         raise StoreError(f"{path} cannot be opened as a Zarr group: {error}") from error
     if known != _FORMAT:
-        raise StoreError(f"{path} is a Zarr group, but not a feature store of this program (format {known!r}).")
+        raise StoreError(
+            f"{path} is a Zarr group, but not a feature store of this version of the program (format {known!r}, "
+            f"expected {_FORMAT}). Make a new one."
+        )
     return FeatureStore(path, group)

@@ -26,9 +26,9 @@ from vnaw_pipeline.crops.extract import crop_settings
 from vnaw_pipeline.crops.source import decode_crop
 from vnaw_pipeline.crops.video import Frame, Rgb
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
+from vnaw_pipeline.features.encode import Encode, make_encode, one_core_per_forward
 from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_encoder, resolve_precision
-from vnaw_pipeline.features.extract import Encode, make_encode, one_core_per_forward
-from vnaw_pipeline.features.store import PLAIN
+from vnaw_pipeline.features.store import IMPORTED
 from vnaw_pipeline.inference.people import Colours, PeopleTracker, colours_of, is_cut, thumbnail
 from vnaw_pipeline.processes import process_state
 from vnaw_pipeline.provenance import differences
@@ -159,8 +159,8 @@ def open_models(config: PipelineConfig, encoder: str | None, run: Run | None) ->
     device = process_state().device
     precision = resolve_precision(config.extract.precision, device)
     if run is not None:
-        precision = run.header["features"]["precision"]  # the numbers that its model was trained on
         _check_features(run, loaded, crop_settings(detector, config.crop)["crop_set"])
+        precision = run.header["features"]["precision"]  # the numbers that its model was trained on
     elif loaded.head is None:
         raise ConfigError(
             f"The encoder {wanted.weights} has no head that names expressions. Give a run of `vnaw train` on its "
@@ -173,7 +173,12 @@ def open_models(config: PipelineConfig, encoder: str | None, run: Run | None) ->
 def _check_features(run: Run, encoder: Encoder, crop_set: str) -> None:
     """Another encoder than in training is an error; other crops are said: a run on Aff-Wild2's is of use here."""
     trained = run.header["features"]
-    made = {"crops": trained["crops"], "precision": trained["precision"], "views": [PLAIN], **encoder.fingerprint()}
+    if IMPORTED in trained:
+        raise CheckpointError(
+            f"{run.folder.path} was trained on features that `vnaw import` took over, and no encoder here makes them. "
+            "Give a run that was trained on features of `vnaw extract`."
+        )
+    made = {"crops": trained["crops"], "precision": trained["precision"], **encoder.fingerprint()}
     if unlike := differences(made, trained):
         raise CheckpointError(
             f"{run.folder.path} was trained on the features of another encoder (found here, wanted by the run): "

@@ -13,8 +13,8 @@ import torch
 from vnaw_pipeline.errors import CheckpointError, DataError
 from vnaw_pipeline.facesets.faces import FaceSet, Split
 from vnaw_pipeline.facesets.read import read_faces
+from vnaw_pipeline.features.encode import make_encode, one_core_per_forward
 from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_encoder, resolve_precision
-from vnaw_pipeline.features.extract import make_encode, one_core_per_forward
 from vnaw_pipeline.metrics import ExpressionScores, expression_scores
 from vnaw_pipeline.processes import process_state
 from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL

@@ -17,7 +17,14 @@ from vnaw_pipeline.config import PipelineConfig, PretrainConfig
 from vnaw_pipeline.errors import ConfigError, DataError, listing
 from vnaw_pipeline.facesets.faces import FaceSet, Split, join_faces
 from vnaw_pipeline.facesets.read import read_faces
-from vnaw_pipeline.features.encoder import Encoder, Preprocessing, build_encoder, encoder_of_weights, load_encoder
+from vnaw_pipeline.features.encoder import (
+    Encoder,
+    Preprocessing,
+    build_encoder,
+    encoder_of_weights,
+    load_encoder,
+    resolve_pool,
+)
 from vnaw_pipeline.losses.images import distillation_loss
 from vnaw_pipeline.metrics import expression_scores
 from vnaw_pipeline.processes import gather_all, process_state, sum_over_processes
@@ -118,6 +125,7 @@ def pretrain_encoder(
             "outputs": list(EXPRESSIONS),
             "encoder": config.encoder.name,
             "model_args": config.encoder.model_args,
+            "pool": resolve_pool(config.encoder),
             **preprocessing.recorded(),
             "config": config.model_dump(mode="json", include=_SECTIONS),
             "labels": {"train": train.digest(), "validation": validation.digest()},

@@ -20,7 +20,7 @@ from vnaw_pipeline.annotations import Labels
 from vnaw_pipeline.config import FinetuneConfig, PipelineConfig, UnitsLossConfig
 from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_listed_crops
 from vnaw_pipeline.errors import ConfigError, DataError
-from vnaw_pipeline.features.encoder import Preprocessing, build_encoder, parameter_groups
+from vnaw_pipeline.features.encoder import Preprocessing, build_encoder, parameter_groups, resolve_pool
 from vnaw_pipeline.losses.affect import affect_loss
 from vnaw_pipeline.losses.units import units_loss
 from vnaw_pipeline.manifests import read_labels, read_manifest
@@ -181,6 +181,7 @@ def finetune_encoder(
             "extra_heads": extra_tasks,
             "encoder": config.encoder.name,
             "model_args": config.encoder.model_args,
+            "pool": resolve_pool(config.encoder),
             **preprocessing.recorded(),
             "config": config.model_dump(mode="json", include=_SECTIONS),
             "labels": {"train": train.digest, "validation": validation.digest},

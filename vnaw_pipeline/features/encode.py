@@ -1,0 +1,181 @@
+"""From crops to embeddings: chunk by chunk, many batches at a time, every view from one decoding.
+
+The bytes do not depend on how many threads made them: a chunk is always cut into the same batches, and on a CPU each
+forward pass runs on one core while several run side by side.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_listed_crops
+from vnaw_pipeline.crops.video import Rgb
+from vnaw_pipeline.errors import DataError, StoreError
+from vnaw_pipeline.features.encoder import Encoder
+from vnaw_pipeline.features.views import Recipe, frames_in_view
+from vnaw_pipeline.processes import cpu_share
+from vnaw_pipeline.stages import Failure
+
+
+class Encode(Protocol):
+    """An encoder as a function on frames."""
+
+    def __call__(
+        self, frames: npt.NDArray[np.uint8], erased: npt.NDArray[np.bool_] | None = None
+    ) -> npt.NDArray[np.float16]:
+        """uint8 (B, S, S, 3) -> (B, D). Pixels that are `erased`, bool (B, S, S), take the encoder's mean colour."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What is to be encoded of the frames [start, stop) of a video: the views in `recipes`.
+
+    `known_valid` bool (stop - start,): the frames that other views of this chunk have, which are there already; None
+    if there are none, and the crops decide.
+    """
+
+    video_id: str
+    start: int
+    stop: int
+    recipes: Mapping[str, Recipe]
+    known_valid: npt.NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """A finished chunk: embeddings float16 (T, D) by view, valid bool (T,), and the crops that could not be read."""
+
+    chunk: Chunk
+    embeddings: dict[str, npt.NDArray[np.float16]]
+    valid: npt.NDArray[np.bool_]
+    failures: list[Failure]
+
+
+def encode_chunks(
+    chunks: Iterable[Chunk],
+    crops_root: Path,
+    crops_of: Mapping[str, str],
+    encoder: Encoder,
+    encode: Encode,
+    batch_frames: int,
+    workers: int,
+) -> Iterator[EncodedChunk]:
+    """Decode and encode chunk by chunk, in order, `workers` batches at a time; memory does not grow with the video.
+
+    `crops_of` names each video's crops below `crops_root`. A chunk of a video without crops that can be opened has no
+    valid frame, and one failure for the whole of it. A frame of `known_valid` that has no crop any more is a failure.
+    """
+    buffers = threading.local()
+    side = encoder.preprocessing.input_px
+
+    def run_batch(crops: VideoCrops, result: EncodedChunk, start: int, stop: int) -> None:
+        chunk = result.chunk
+        if not hasattr(buffers, "batch"):
+            buffers.batch = np.zeros((batch_frames, side, side, 3), dtype=np.uint8)
+        batch = buffers.batch
+        for position, frame_index in enumerate(range(start, stop)):
+            if chunk.known_valid is not None and not chunk.known_valid[frame_index - chunk.start]:
+                continue
+            try:
+                crop = _read_crop(crops, frame_index, is_needed=chunk.known_valid is not None)
+            except (DataError, OSError) as error:
+                result.failures.append(Failure(chunk.video_id, frame_index, str(error)))
+                continue
+            if crop is not None:
+                batch[position] = encoder.preprocessing.of_crop(crop)
+                result.valid[frame_index - chunk.start] = True
+        rows = slice(start - chunk.start, stop - chunk.start)
+        if not (found := result.valid[rows]).any():
+            return
+        for view, recipe in chunk.recipes.items():
+            embeddings = encode(*frames_in_view(view, recipe, batch, chunk.video_id, start))[: stop - start]
+            result.embeddings[view][rows] = np.where(found[:, None], embeddings, np.float16(0))
+
+    pending: deque[tuple[VideoCrops | None, EncodedChunk, list[Future[None]]]] = deque()
+
+    def finish() -> EncodedChunk:
+        crops, result, futures = pending.popleft()
+        for future in futures:
+            future.result()
+        if crops is not None:
+            crops.close()
+        result.failures.sort(key=lambda failure: failure.frame_index or 0)
+        return result
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
+    try:
+        for chunk in chunks:
+            shape = (chunk.stop - chunk.start, encoder.embedding_dim)
+            embeddings = {view: np.zeros(shape, np.float16) for view in chunk.recipes}
+            result = EncodedChunk(chunk, embeddings, np.zeros(shape[0], np.bool_), failures=[])
+            crops, futures = None, []
+            try:
+                crops = open_listed_crops(crops_root, crops_of[chunk.video_id])
+            except (DataError, OSError) as error:
+                result.failures.append(Failure(chunk.video_id, None, str(error)))
+            else:
+                starts = range(chunk.start, chunk.stop, batch_frames)
+                futures = [pool.submit(run_batch, crops, result, s, min(s + batch_frames, chunk.stop)) for s in starts]
+            pending.append((crops, result, futures))
+            while sum(len(waiting) for _, _, waiting in pending) > 4 * workers + len(futures):
+                yield finish()
+        while pending:
+            yield finish()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read_crop(crops: VideoCrops, frame_index: int, is_needed: bool) -> Rgb | None:
+    (jpeg,) = crops.read(frame_index, frame_index + 1)
+    if jpeg is None and is_needed:
+        raise DataError("the image that the other views were made from is not there any more")
+    return None if jpeg is None else decode_crop(jpeg)
+
+
+def make_encode(encoder: Encoder, precision: str, device: torch.device, forwards: int) -> Encode:
+    """The encoder as a function on frames; at most `forwards` passes run at a time."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = encoder.model.to(device, dtype).to(memory_format=torch.channels_last)
+    slots = threading.Semaphore(forwards)
+
+    @torch.inference_mode()
+    def encode(frames: npt.NDArray[np.uint8], erased: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.float16]:
+        with slots:
+            images = encoder.preprocessing.normalise(torch.from_numpy(frames).to(device))
+            if erased is not None:
+                images = images.masked_fill(torch.from_numpy(erased).to(device)[:, None], 0.0)
+            embeddings: npt.NDArray[np.float16] = model(images.to(dtype)).to(torch.float16).cpu().numpy()
+        if not np.isfinite(embeddings).all():
+            raise StoreError(
+                f"{encoder.name} gives embeddings that float16 cannot hold (beyond 65504, or not a number). "
+                "Check its weights and precision; another layer's output or a normalised head is needed."
+            )
+        return embeddings
+
+    return encode
+
+
+@contextmanager
+def one_core_per_forward(device: torch.device) -> Iterator[int]:
+    """On a CPU, run each forward pass on one core, as many at a time as there are cores (yielded).
+
+    Splitting one pass over cores may change the order of its sums, and so the bytes.
+    """
+    if device.type != "cpu":
+        yield 1
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield cpu_share()
+    finally:
+        torch.set_num_threads(before)
