@@ -15,7 +15,7 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
 from vnaw_pipeline.config import LossConfig
-from vnaw_pipeline.losses.expression import expression_loss, view_consistency, window_log_probabilities
+from vnaw_pipeline.losses.expression import expression_loss, window_log_probabilities
 from vnaw_pipeline.losses.naw import NAW_PRESETS, naw_weights
 from vnaw_pipeline.tasks import IGNORE_LABEL
 
@@ -321,12 +321,22 @@ def test_one_unit_alone_costs_what_it_costs_among_others(level: str, values: dic
     torch.testing.assert_close(sum(part for part, _ in parts), total)
 
 
+def view_divergence(
+    logits: torch.Tensor, mirrored: torch.Tensor, valid: torch.Tensor, level: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `consistency` 1 adds to the loss of fully labelled windows, and the number of units."""
+    labels = torch.zeros_like(valid, dtype=torch.int64)
+    without, with_it = (LossConfig(level=level, weighting="none", consistency=lam) for lam in (0, 1))  # type: ignore[arg-type]
+    alone, units = expression_loss(logits, labels, valid, without, 0.5)
+    return expression_loss(logits, labels, valid, with_it, 0.5, mirrored_logits=mirrored)[0] - alone, units
+
+
 @pytest.mark.parametrize("level", ["window", "frame"])
 @given(seed=st.integers(0, 10_000))
 def test_two_views_diverge_by_scipys_measure_within_its_bounds(level: str, seed: int) -> None:
     """scipy returns the square root of the divergence. The public code's is not one: neither symmetric nor bounded."""
     (logits, _, valid), (mirrored, _, _) = random_batch(seed), random_batch(seed + 1)
-    total, units = view_consistency(logits, mirrored, valid, level)
+    total, units = view_divergence(logits, mirrored, valid, level)
     p, q = logits.softmax(dim=2).numpy(), mirrored.softmax(dim=2).numpy()
     if level == "window":
         seen = [i for i in range(len(p)) if valid[i].any()]
@@ -336,21 +346,21 @@ def test_two_views_diverge_by_scipys_measure_within_its_bounds(level: str, seed:
     assert int(units) == len(p)
     assert float(total) == pytest.approx((jensenshannon(p, q, axis=1) ** 2).sum(), rel=1e-9)
     assert 0 < float(total) < math.log(2) * int(units)
-    assert float(view_consistency(mirrored, logits, valid, level)[0]) == pytest.approx(float(total), rel=1e-12)
-    assert float(view_consistency(logits, logits, valid, level)[0]) == pytest.approx(0, abs=1e-12)
+    assert float(view_divergence(mirrored, logits, valid, level)[0]) == pytest.approx(float(total), rel=1e-12)
+    assert float(view_divergence(logits, logits, valid, level)[0]) == pytest.approx(0, abs=1e-12)
     changed = torch.where(valid[:, :, None], mirrored, 50.0)
-    assert view_consistency(logits, changed, valid, level)[0] == total
+    assert float(view_divergence(logits, changed, valid, level)[0]) == pytest.approx(float(total), rel=1e-12)
 
 
 @pytest.mark.parametrize("level", ["window", "frame"])
 def test_views_that_share_nothing_diverge_by_log_2_and_none_by_nothing(level: str) -> None:
     apart = torch.tensor([[[80.0, 0.0]], [[0.0, 80.0]]]).bfloat16()
     valid = torch.tensor([[True], [False]])
-    total, units = view_consistency(apart, -apart, valid, level)
+    total, units = view_divergence(apart, -apart, valid, level)
     torch.testing.assert_close(total, torch.tensor(math.log(2)))
     assert int(units) == 1
     apart.requires_grad_()
-    total, units = view_consistency(apart, apart.detach(), torch.zeros_like(valid), level)
+    total, units = view_divergence(apart, apart.detach(), torch.zeros_like(valid), level)
     total.backward()
     assert (float(total.detach()), int(units)) == (0.0, 0)
     assert (apart.grad == 0).all()

@@ -3,6 +3,7 @@
 import itertools
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch import nn
 from vnaw_pipeline.checkpoints import load_tensors, save_tensors
 from vnaw_pipeline.config import PipelineConfig, PredictConfig, SmoothConfig, dump_config, load_config
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError, StoreError
+from vnaw_pipeline.features.extract import extract_features
 from vnaw_pipeline.features.store import create_store, open_store
 from vnaw_pipeline.manifests import build_manifest
 from vnaw_pipeline.prediction.evaluate import evaluate_predictions
@@ -243,6 +245,51 @@ def test_every_value_changes_the_training(
     """No flag that nothing reads."""
     train(drawn, drawn_store, tmp_path / "a", changed(tiny_config, section, **values))
     assert losses(tmp_path / "a") != reference_losses
+
+
+@pytest.fixture(scope="module")
+def viewed_store(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The drawn store with a mirrored and an erased view beside the plain one."""
+    path = tmp_path_factory.mktemp("viewed") / "features.zarr"
+    shutil.copytree(drawn_store, path)
+    config = changed(tiny_config, "extract", views=["plain", "mirror", "erase0"])
+    assert extract_features(drawn.manifest, drawn.crops, path, config).ok
+    return path
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "view"),
+    [
+        ("windows", {"views": ["plain", "erase0"]}, "erase0"),
+        ("windows", {"views": ["mirror"]}, "mirror"),
+        ("loss", {"consistency": 0.4}, "mirror"),
+    ],
+)
+def test_views_of_the_store_are_trained_on(
+    section: str,
+    values: dict[str, object],
+    view: str,
+    drawn: DrawnData,
+    drawn_store: Path,
+    viewed_store: Path,
+    tiny_config: PipelineConfig,
+    reference_losses: list[float],
+    tmp_path: Path,
+) -> None:
+    config = changed(tiny_config, section, **values)
+    train(drawn, viewed_store, tmp_path / "a", config)
+    assert losses(tmp_path / "a") != reference_losses
+    with pytest.raises(StoreError, match=f"has no view '{view}', only plain"):
+        train(drawn, drawn_store, tmp_path / "b", config)
+
+
+def test_views_that_are_not_asked_for_change_nothing(
+    drawn: DrawnData, viewed_store: Path, tiny_config: PipelineConfig, reference_losses: list[float], tmp_path: Path
+) -> None:
+    train(drawn, viewed_store, tmp_path / "a", tiny_config)
+    assert losses(tmp_path / "a") == reference_losses
 
 
 @pytest.mark.parametrize(

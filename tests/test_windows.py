@@ -10,7 +10,7 @@ from vnaw_pipeline.features.bank import FeatureBank
 from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS
 from vnaw_pipeline.windows.augment import channel_mask, erase_channels, mask_input, skip_frames, window_seeds
-from vnaw_pipeline.windows.batches import gather_windows
+from vnaw_pipeline.windows.batches import gather_drawn_views, gather_windows
 from vnaw_pipeline.windows.plan import (
     balanced_weights,
     labelled_share,
@@ -229,3 +229,14 @@ def test_stitching_gives_every_frame_its_own_answer(lengths: list[int], stride: 
     logits = forward(bank.embeddings, bank.valid)[:-1]
     wanted = torch.cat([logits[:, :4].softmax(dim=1), logits[:, 4:].tanh()], dim=1)
     torch.testing.assert_close(found, wanted)
+
+
+def test_each_window_is_gathered_in_the_view_that_was_drawn_for_it() -> None:
+    plain = torch.arange(7.0)[:, None].half()
+    plain[-1] = 0
+    bank = FeatureBank(
+        ["a"], plain, torch.ones(7).bool(), torch.tensor([0, 6]), {"mirror": -plain, "erase0": 10 * plain}
+    )
+    rows = torch.tensor([[1, 2], [3, 6], [4, 5]])
+    found = gather_drawn_views(bank, ["erase0", "plain", "mirror"], torch.tensor([2, 0, 1]), rows)
+    assert found[..., 0].tolist() == [[-1, -2], [30, 0], [4, 5]]

@@ -258,7 +258,16 @@ class WindowConfig(_Section):
     skip: SkipConfig = SkipConfig()
     erase_share: float = Field(default=0.2, ge=0, lt=1)
     """Share of embedding channels set to zero, the same for all frames of a training window (Eq. 4, 5); 0: none."""
+    views: tuple[str, ...] = ("plain",)
+    """Views of the store that training windows are drawn from, each as often: with `erase0`, ... pixels are erased, as
+    in the paper, and not only channels."""
     random_masking: MaskingConfig = MaskingConfig()
+
+    @model_validator(mode="after")
+    def _views_are_named_once(self) -> Self:
+        if not self.views or len(set(self.views)) < len(self.views):
+            raise ValueError(f"views must name at least one view, and each once, got {', '.join(self.views) or 'none'}")
+        return self
 
     @model_validator(mode="after")
     def _windows_cover_every_frame(self) -> Self:
@@ -304,6 +313,9 @@ class LossConfig(ObjectiveConfig):
     level: Literal["window", "frame"] = "window"
     weighting: Literal["none", "class", "complement", "naw"] = "naw"
     mix: Literal["one-plus", "lam"] = "one-plus"
+    consistency: float = Field(default=0.0, ge=0)
+    """lam_b: plus this times the JSD between the predictions for a unit and for its mirror image, from the store's view
+    `mirror`."""
     min_labelled: float = Field(default=0.5, gt=0, le=1)
     """A training window with a smaller labelled share is not used."""
 

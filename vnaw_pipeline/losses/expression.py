@@ -1,8 +1,7 @@
-"""Expressions over windows (V-NAW, the paper) and over frames (V-NAW, the public code): units, their loss, and the
-agreement of two views.
+"""Expressions over windows (V-NAW, the paper) and over frames (V-NAW, the public code): units and their loss.
 
-Both functions return the *sum* over units and their number, so that the mean over a batch does not depend on how the
-batch is split over forward passes or processes. `B` windows, `P` frames, `K` classes.
+The loss is the *sum* over units, with their number, so that the mean over a batch does not depend on how the batch is
+split over forward passes or processes. `B` windows, `P` frames, `K` classes.
 """
 
 from typing import Literal
@@ -26,6 +25,7 @@ def expression_loss(
     *,
     class_weights: Tensor | None = None,
     memory: Tensor | None = None,
+    mirrored_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the loss over the units of a batch, and how many units there are, at the level of `config`.
 
@@ -40,50 +40,34 @@ def expression_loss(
         progress: share of training done, in [0, 1].
         class_weights: (K,), for `weighting: class | complement`.
         memory: (B, P, K), for `objective: elr`: each frame's moving average, already updated with these predictions.
+        mirrored_logits: (B, P, K), for `consistency`: predictions for the mirror images. The true Jensen-Shannon
+            divergence of each unit is added (NLA; what the public code adds is not one).
 
     Returns:
         loss sum and number of units, both scalars; 0 and 0 if nothing is labelled.
     """
     labels = labels.masked_fill(~valid, IGNORE_LABEL)
-    if config.level == "window":
-        unit_labels = window_labels(labels, logits.shape[-1])
-        used = unit_labels != IGNORE_LABEL
-        log_p = window_log_probabilities(logits[used], valid[used])
-        if memory is not None:
-            of_valid = memory[used] * valid[used][:, :, None]
-            memory = of_valid.sum(dim=1) / valid[used].sum(dim=1, keepdim=True)
-    else:
-        unit_labels = labels.flatten()
-        used = unit_labels != IGNORE_LABEL
-        log_p = at_least_float32(logits.flatten(0, 1)[used]).log_softmax(dim=-1)
-        memory = None if memory is None else memory.flatten(0, 1)[used]
+    unit_labels = window_labels(labels, logits.shape[-1]) if config.level == "window" else labels.flatten()
+    used = unit_labels != IGNORE_LABEL
+    log_p = _unit_log_probabilities(logits, valid, used, config.level)
+    if memory is not None and config.level == "window":
+        of_valid = memory[used] * valid[used][:, :, None]
+        memory = of_valid.sum(dim=1) / valid[used].sum(dim=1, keepdim=True)
+    elif memory is not None:
+        memory = memory.flatten(0, 1)[used]
     targets = F.one_hot(unit_labels[used], logits.shape[-1]).to(log_p.dtype)
     losses = unit_losses(log_p, targets, config, progress, class_weights=class_weights, memory=memory)
+    if mirrored_logits is not None:
+        mirrored = _unit_log_probabilities(mirrored_logits, valid, used, config.level)
+        losses = losses + config.consistency * jensen_shannon(log_p, mirrored)
     return losses.sum(), used.sum()
 
 
-def view_consistency(
-    logits: Tensor, mirrored_logits: Tensor, valid: Tensor, level: Literal["window", "frame"]
-) -> tuple[Tensor, Tensor]:
-    """Sum over units of the Jensen-Shannon divergence between the predictions for two views, and how many units.
-
-    Units are the valid frames, or the windows that have one, labelled or not: the views should agree everywhere. Let
-    `valid` mark the labelled frames only to have the units of `expression_loss` at frame level.
-
-    Args:
-        logits, mirrored_logits: (B, P, K) twice, of the same frames.
-        valid: bool (B, P), of both.
-
-    Returns:
-        divergence sum in nats, between 0 and log 2 per unit, and number of units, both scalars.
-    """
+def _unit_log_probabilities(logits: Tensor, valid: Tensor, used: Tensor, level: Literal["window", "frame"]) -> Tensor:
+    """Of the units that are used, (N, K): windows, or frames of all windows one after the other."""
     if level == "window":
-        used = valid.any(dim=1)
-        pair = [window_log_probabilities(view[used], valid[used]) for view in (logits, mirrored_logits)]
-    else:
-        used = valid
-        pair = [view[used] for view in (logits, mirrored_logits)]
-    return jensen_shannon(*pair).sum(), used.sum()
+        return window_log_probabilities(logits[used], valid[used])
+    return at_least_float32(logits.flatten(0, 1)[used]).log_softmax(dim=-1)
 
 
 def window_log_probabilities(logits: Tensor, valid: Tensor) -> Tensor:

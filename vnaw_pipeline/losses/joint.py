@@ -27,6 +27,7 @@ def joint_loss(
     class_weights: Tensor | None = None,
     memory: Tensor | None = None,
     unit_weights: Tensor | None = None,
+    mirrored_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss of a part of an optimiser step, to be divided by the units that the main task has in the whole step.
 
@@ -42,6 +43,7 @@ def joint_loss(
         step_units: `count_units` of each task over the whole step.
         class_weights, memory: as of `expression_loss`.
         unit_weights: (U, 2), as of `units_loss`.
+        mirrored_logits: (B, P, C), for the mirror images, with `loss.consistency`.
 
     Returns:
         loss sum and number of the main task's units in this part, both scalars.
@@ -53,7 +55,14 @@ def joint_loss(
         of_task, truth = logits[..., columns[task.name]], labels[task.name]
         if task.kind == "classes":
             return expression_loss(
-                of_task, truth, valid, config.loss, progress, class_weights=class_weights, memory=memory
+                of_task,
+                truth,
+                valid,
+                config.loss,
+                progress,
+                class_weights=class_weights,
+                memory=memory,
+                mirrored_logits=None if mirrored_logits is None else mirrored_logits[..., columns[task.name]],
             )
         truth = truth.masked_fill(~valid[..., None], task.unlabelled)
         if task.kind == "units":

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from vnaw_pipeline.errors import DataError, StoreError
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.store import FeatureStore
+from vnaw_pipeline.features.views import PLAIN
 from vnaw_pipeline.manifests import read_labels
 from vnaw_pipeline.processes import process_state
 from vnaw_pipeline.provenance import digest_bytes
@@ -72,9 +73,15 @@ class LabelledBank:
 
 
 def open_labelled_bank(
-    videos: pd.DataFrame, annotations_dir: Path, store: FeatureStore, tasks: Sequence[Task], split: str
+    videos: pd.DataFrame,
+    annotations_dir: Path,
+    store: FeatureStore,
+    tasks: Sequence[Task],
+    split: str,
+    views: Sequence[str] = (PLAIN,),
 ) -> LabelledBank:
-    """Bank and labels of those videos that any of the tasks has labels for; `split` is what messages call them.
+    """Bank, in the views asked for, and labels of those videos that any of the tasks has labels for; `split` is what
+    messages call them.
 
     Raises:
         DataError: a task without a labelled frame, unusable annotations.
@@ -86,7 +93,7 @@ def open_labelled_bank(
     if not annotated:
         raise DataError(f"The manifest has no annotated videos in split '{split}'.")
     state = process_state()
-    bank = open_bank(store, annotated, shown=state.is_main_process)
+    bank = open_bank(store, annotated, shown=state.is_main_process, views=views)
     for video_id, found, wanted in zip(annotated, bank.num_frames.tolist(), lengths, strict=True):
         if found != wanted:
             raise StoreError(

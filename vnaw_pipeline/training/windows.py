@@ -12,9 +12,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from vnaw_pipeline.config import PipelineConfig
+from vnaw_pipeline.config import PipelineConfig, WindowConfig
 from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.features.store import open_store
+from vnaw_pipeline.features.views import MIRROR, PLAIN
 from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.losses.joint import count_units, joint_loss
 from vnaw_pipeline.losses.objectives import class_weights, prediction_memory, update_memory
@@ -31,7 +32,7 @@ from vnaw_pipeline.temporal import TemporalModel
 from vnaw_pipeline.training.labels import LabelledBank, open_labelled_bank
 from vnaw_pipeline.training.loop import Optimisation, Recipe, fit, seed_of, split_step
 from vnaw_pipeline.windows.augment import channel_mask, erase_channels, mask_input, skip_frames, window_seeds
-from vnaw_pipeline.windows.batches import WindowBatch, gather_windows
+from vnaw_pipeline.windows.batches import WindowBatch, gather_drawn_views, gather_view, gather_windows
 from vnaw_pipeline.windows.plan import (
     WindowPlan,
     balanced_weights,
@@ -70,10 +71,11 @@ def train_windows(
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
     split_of = videos.split if fold is None else fold_split(videos, fold).split
     store = open_store(store_path)
+    views = [*config.windows.views, *([MIRROR] if config.loss.consistency else [])]
     train, validation = (
         # With their official splits still, by which the labels of a task are found.
-        open_labelled_bank(videos[split_of == split], annotations_dir, store, config.tasks, split)
-        for split in ("train", "validation")
+        open_labelled_bank(videos[split_of == split], annotations_dir, store, config.tasks, split, of_split)
+        for split, of_split in (("train", views), ("validation", [PLAIN]))
     )
     train = train.learnable()
     folder = RunFolder(run_dir)
@@ -219,6 +221,7 @@ def _epoch_steps(
         )
         keep = channel_mask(len(of_step), train.bank.embedding_dim, config.windows.erase_share, augmentation)
         seeds = window_seeds(len(of_step), augmentation)
+        drawn_view = torch.randint(len(config.windows.views), (len(of_step),), generator=augmentation)
         step_units = {each.name: count_units(each, row_labels[each.name][rows], config) for each in config.tasks}
         batches = []
         parts = split_step(
@@ -226,10 +229,15 @@ def _epoch_steps(
         )
         for part in parts:
             batch = gather_windows(train.bank, train.labels, rows[part], plan.video[of_step[part]])
-            erased = erase_channels(batch.embeddings, keep[part])
-            masked = mask_input(erased, seeds[part], config.windows.random_masking)
-            batches.append(batch._replace(embeddings=masked, step_units=step_units))
+            augmented = partial(_augmented, config.windows, keep[part], seeds[part])
+            seen = gather_drawn_views(train.bank, config.windows.views, drawn_view[part], rows[part])
+            mirrored = augmented(gather_view(train.bank, MIRROR, rows[part])) if config.loss.consistency else None
+            batches.append(batch._replace(embeddings=augmented(seen), mirrored=mirrored, step_units=step_units))
         yield batches
+
+
+def _augmented(windows: WindowConfig, keep: Tensor, seeds: Tensor, embeddings: Tensor) -> Tensor:
+    return mask_input(erase_channels(embeddings, keep), seeds, windows.random_masking)
 
 
 def _objective(
@@ -252,6 +260,7 @@ def _objective(
         class_weights=learning.class_weights,
         memory=remembered,
         unit_weights=learning.unit_weights,
+        mirrored_logits=model(batch.mirrored, batch.valid) if batch.mirrored is not None else None,
     )
 
 

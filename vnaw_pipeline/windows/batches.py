@@ -1,11 +1,12 @@
 """Bank and plan to batches of windows: gathers from memory, no loader per item."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from vnaw_pipeline.features.bank import FeatureBank
+from vnaw_pipeline.features.views import PLAIN
 from vnaw_pipeline.tasks import TaskName
 
 
@@ -14,7 +15,8 @@ class WindowBatch(NamedTuple):
 
     `embeddings` float16 (B, P, D), `valid` bool (B, P), `labels` of each task (B, P) or (B, P, outputs) with the
     task's `unlabelled` where there is none, `frame_index` int64 (B, P) in the video (-1 where there is no frame),
-    `video` int64 (B,) in the bank. In training `step_units` counts the units that each task has in the whole
+    `video` int64 (B,) in the bank. `mirrored` (B, P, D) are the mirror images of the same frames, where they are asked
+    for. In training `step_units` counts the units that each task has in the whole
     optimiser step which the batch is a part of.
     """
 
@@ -23,6 +25,7 @@ class WindowBatch(NamedTuple):
     labels: Mapping[TaskName, Tensor]
     frame_index: Tensor
     video: Tensor
+    mirrored: Tensor | None = None
     step_units: Mapping[TaskName, int] = {}
 
 
@@ -33,9 +36,24 @@ def gather_windows(
     rows, video = rows.to(bank.first.device), video.to(bank.first.device)
     frame_index = (rows - bank.first[video][:, None]).masked_fill(rows == bank.zero_row, -1)
     return WindowBatch(
-        embeddings=bank.embeddings.index_select(0, rows.flatten()).view(*rows.shape, bank.embedding_dim),
+        embeddings=gather_view(bank, PLAIN, rows),
         valid=bank.valid[rows],
         labels={name: of_task[rows] for name, of_task in row_labels.items()},
         frame_index=frame_index,
         video=video,
     )
+
+
+def gather_view(bank: FeatureBank, view: str, rows: Tensor) -> Tensor:
+    """Embeddings (B, P, D) of bank rows (B, P) in one view."""
+    rows = rows.to(bank.first.device)
+    return bank.view(view).index_select(0, rows.flatten()).view(*rows.shape, bank.embedding_dim)
+
+
+def gather_drawn_views(bank: FeatureBank, views: Sequence[str], drawn: Tensor, rows: Tensor) -> Tensor:
+    """Embeddings (B, P, D) of bank rows (B, P), those of window b in the view `views[drawn[b]]`; drawn int64 (B,)."""
+    embeddings = gather_view(bank, views[0], rows)
+    for number, view in enumerate(views[1:], start=1):
+        chosen = drawn == number
+        embeddings[chosen.to(embeddings.device)] = gather_view(bank, view, rows[chosen])
+    return embeddings
