@@ -12,9 +12,9 @@ from typer.testing import CliRunner, Result
 from vnaw_pipeline.cli import app
 from vnaw_pipeline.config import PipelineConfig, dump_config
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError, StoreError
-from vnaw_pipeline.experiments import Variant, ablation_variants, cross_validate, format_table, score_table
+from vnaw_pipeline.experiments import Variant, ablation_variants, cascade, cross_validate, format_table, score_table
 from vnaw_pipeline.folds import fold_split
-from vnaw_pipeline.manifests import build_manifest, write_manifest
+from vnaw_pipeline.manifests import build_manifest, read_manifest, write_manifest
 from vnaw_pipeline.metrics import expression_scores
 from vnaw_pipeline.prediction.evaluate import evaluate_predictions, scores_as_json
 from vnaw_pipeline.runs import RunFolder
@@ -128,3 +128,24 @@ def test_what_an_experiment_cannot_start_from_is_said(
     assert isinstance(gone.exception, StoreError)
     assert "There is no feature store at" in str(gone.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cascade_is_two_runs_and_two_answers(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    config = short(tiny_config)
+    done = run_command("cascade", drawn, drawn_store, config, tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "cascade: 2 runs done, 0 skipped" in done.output
+    runs = {run["name"]: run for run in json.loads((tmp_path / "out" / "table.json").read_text())["runs"]}
+    assert list(runs) == ["coarse5", "negative4", "hard", "soft"]
+    videos = read_manifest(tmp_path / "m.csv")
+    for how in ("hard", "soft"):
+        scores = evaluate_predictions(
+            videos, drawn.annotations, RunFolder(tmp_path / "out" / how).predictions("validation")
+        )
+        assert (runs[how]["macro_f1"], runs[how]["accuracy"]) == (scores.macro_f1, scores.accuracy)
+    again = run_command("cascade", drawn, drawn_store, config, tmp_path)
+    assert "cascade: 0 runs done, 2 skipped" in again.output
+    with pytest.raises(ConfigError, match="the config has coarse5"):
+        cascade(videos, drawn.annotations, drawn_store, tmp_path / "b", config.model_copy(update={"task": "coarse5"}))

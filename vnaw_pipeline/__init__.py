@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vnaw_pipeline.config import load_config as load_config
     from vnaw_pipeline.crops.extract import extract_crops as extract_crops
     from vnaw_pipeline.experiments import ablate as ablate
+    from vnaw_pipeline.experiments import cascade as cascade
     from vnaw_pipeline.experiments import cross_validate as cross_validate
     from vnaw_pipeline.features.bank import open_bank as open_bank
     from vnaw_pipeline.features.exchange import export_features as export_features
@@ -39,6 +40,7 @@ _HOMES = {
     "TASKS": "tasks",
     "ablate": "experiments",
     "build_manifest": "manifests",
+    "cascade": "experiments",
     "check_manifest": "checks",
     "combine_runs": "prediction.combine",
     "cross_validate": "experiments",

@@ -390,6 +390,23 @@ def ablate(
 
 
 @app.command()
+def cascade(
+    manifest: Manifest,
+    annotations: Annotations,
+    store: Store,
+    out: ExperimentOut,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train and score CFC-SP: one model of coarse and one of negative expressions, and their hard and soft cascade."""
+    from vnaw_pipeline.config import load_config
+    from vnaw_pipeline.experiments import cascade as train_cascade
+
+    _only_alone("cascade")
+    _finish(train_cascade(manifest, annotations, store, out, load_config(config, overrides)))
+
+
+@app.command()
 def submit(
     run: Run,
     template: Annotated[Path, typer.Option(help="The challenge's template.", exists=True, dir_okay=False)],

@@ -1,7 +1,8 @@
 """Experiments: several runs that differ in a fold, a seed or a few values, trained, predicted, scored and tabled.
 
-`vnaw crossval` and `vnaw ablate` differ only in their list of variants. Reads what `train` reads; writes a run folder
-per variant, `scores.json` in each (a variant that has it is not run again), `table.json` and `table.md`.
+`vnaw crossval` and `vnaw ablate` differ only in their list of variants; `vnaw cascade` makes one run of its two. Reads
+what `train` reads; writes a run folder per variant, `scores.json` in each (a variant that has it is not run again),
+`table.json` and `table.md`.
 """
 
 import json
@@ -14,16 +15,18 @@ from typing import Any
 
 import pandas as pd
 
-from vnaw_pipeline.config import PipelineConfig
+from vnaw_pipeline.config import MaskingConfig, PipelineConfig
 from vnaw_pipeline.errors import ConfigError, DataError
 from vnaw_pipeline.features.store import open_store
+from vnaw_pipeline.features.views import PLAIN
 from vnaw_pipeline.manifests import read_labels, read_manifest
+from vnaw_pipeline.prediction.combine import How, combine_runs
 from vnaw_pipeline.prediction.evaluate import evaluate_predictions, scores_as_json
 from vnaw_pipeline.prediction.predict import predict_videos
 from vnaw_pipeline.provenance import digest_bytes, write_json, write_text
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import StageReport
-from vnaw_pipeline.tasks import TASKS
+from vnaw_pipeline.tasks import TASKS, TaskName
 from vnaw_pipeline.training.windows import train_windows
 
 
@@ -67,6 +70,39 @@ def ablate(
     return run_experiment("ablate", ablation_variants(config, seeds), videos, annotations_dir, store_path, out)
 
 
+def cascade(
+    manifest: Path | pd.DataFrame, annotations_dir: Path, store_path: Path, out: Path, config: PipelineConfig
+) -> StageReport:
+    """Train and score CFC-SP's two models, one for each label space, and their hard and soft cascade into expr8.
+
+    `<out>/hard` and `<out>/soft` are composed runs, as of `vnaw combine`.
+
+    Raises:
+        ConfigError: a config of another task than expr8, or with further tasks; else as the stages.
+    """
+    if [task.name for task in config.tasks] != ["expr8"]:
+        found = ", ".join(task.name for task in config.tasks)
+        raise ConfigError(f"A cascade answers task expr8 alone; the config has {found}. Set task=expr8.")
+    videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
+    members: tuple[TaskName, ...] = ("coarse5", "negative4")
+    variants = [Variant(name, name, config.model_copy(update={"task": name})) for name in members]
+    report, scores = run_variants("cascade", variants, videos, annotations_dir, store_path, out)
+    ways: tuple[How, ...] = ("hard", "soft")
+    for how in ways:
+        combine_runs([out / name for name in members], how, out / how, "validation")
+        table = RunFolder(out / how).predictions("validation")
+        scores[how] = scores_as_json(evaluate_predictions(videos, annotations_dir, table), TASKS["expr8"])
+    runs = [
+        {"name": name, "group": name, "accuracy": of["accuracy"], "macro_f1": of["macro_f1"]}
+        for name, of in scores.items()
+    ]
+    notes = [
+        "Each member is scored in its own label space, over the frames that are in it; the cascades in expr8.",
+        *_notes(variants, scores),
+    ]
+    return _write_table(report, {"runs": runs, "groups": [], "notes": notes}, out)
+
+
 def fold_variants(videos: pd.DataFrame, config: PipelineConfig) -> list[Variant]:
     """The official split, if the manifest has validation videos, and each of its folds."""
     folds = sorted({int(fold) for of_video in videos["fold"] for fold in of_video.split()})
@@ -79,10 +115,15 @@ def fold_variants(videos: pd.DataFrame, config: PipelineConfig) -> list[Variant]
 def ablation_variants(config: PipelineConfig, seeds: Sequence[int]) -> list[Variant]:
     """Four recipes by every seed; `config` is the one with both, the others leave out of it."""
     unaugmented = config.windows.model_copy(
-        update={"skip": config.windows.skip.model_copy(update={"mode": "none"}), "erase_share": 0.0}
+        update={
+            "skip": config.windows.skip.model_copy(update={"mode": "none"}),
+            "erase_share": 0.0,
+            "views": (PLAIN,),
+            "random_masking": MaskingConfig(),
+        }
     )
     unweighted = config.loss.model_copy(update={"weighting": "none"})
-    if config.loss == unweighted or config.windows == unaugmented:
+    if config.loss.weighting != "naw" or config.windows == unaugmented:
         raise ConfigError(
             "An ablation starts from the whole recipe and leaves out of it: loss.weighting must be 'naw' and frames "
             f"must be skipped or erased; found loss.weighting={config.loss.weighting}, "
@@ -112,6 +153,19 @@ def run_experiment(
     out: Path,
 ) -> StageReport:
     """Run the variants that have no scores yet, then write the table of all; the report's notes are the table."""
+    report, scores = run_variants(label, variants, videos, annotations_dir, store_path, out)
+    return _write_table(report, score_table(variants, scores), out)
+
+
+def run_variants(
+    label: str,
+    variants: Sequence[Variant],
+    videos: pd.DataFrame,
+    annotations_dir: Path,
+    store_path: Path,
+    out: Path,
+) -> tuple[StageReport, dict[str, dict[str, Any]]]:
+    """Run the variants that have no scores yet; the scores of all, by name."""
     started = time.monotonic()
     labels = read_labels(videos, annotations_dir, TASKS[variants[0].config.task])
     made_of = {
@@ -136,11 +190,14 @@ def run_experiment(
             write_json(path, found)
             report.done += 1
         scores[variant.name] = found["scores"]
-    table = score_table(variants, scores)
+    report.seconds = time.monotonic() - started
+    return report, scores
+
+
+def _write_table(report: StageReport, table: dict[str, Any], out: Path) -> StageReport:
     write_json(out / "table.json", table)
     write_text(out / "table.md", format_table(table))
     report.notes = [*format_table(table).splitlines(), f"written to {out / 'table.md'} and table.json"]
-    report.seconds = time.monotonic() - started
     return report
 
 
