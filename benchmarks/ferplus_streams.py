@@ -16,36 +16,236 @@ to WORK_DIR: `crops/`, `annotations_*/`, `manifest.csv`, one store per encoder, 
 A rerun does what is missing.
 """
 
+import json
+import re
+import shutil
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import simplejpeg
+import torch
+import typer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from vnaw_pipeline.annotations import write_annotation
+from vnaw_pipeline.checkpoints import read_header
+from vnaw_pipeline.config import EncoderConfig, PipelineConfig, PredictConfig, SmoothConfig, load_config
 from vnaw_pipeline.crops.detect import Face
 from vnaw_pipeline.crops.sink import Crop, find_pack, write_pack
 from vnaw_pipeline.crops.video import Rgb
 from vnaw_pipeline.facesets.faces import FaceSet, Split
 from vnaw_pipeline.facesets.read import read_faces
+from vnaw_pipeline.features.bank import open_bank
+from vnaw_pipeline.features.encoder import encoder_of_weights, find_weights
+from vnaw_pipeline.features.extract import extract_features
+from vnaw_pipeline.features.store import open_store
+from vnaw_pipeline.manifests import build_manifest, read_labels, write_manifest
+from vnaw_pipeline.prediction.evaluate import evaluate_predictions
+from vnaw_pipeline.prediction.finish import finish_video
+from vnaw_pipeline.prediction.predict import predict_videos, read_predictions, write_predictions
+from vnaw_pipeline.provenance import write_text
+from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import usable_cores
 from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL, SPLIT_DIRS, TASKS
+from vnaw_pipeline.training.windows import train_windows
 
+CONFIG = Path(__file__).parent.parent / "configs" / "ferplus_streams.yaml"
+TASK = TASKS["expr8"]
+Overrides = dict[str, Any]
 CLASS_FRAMES = (179_434, 17_153, 10_978, 9_110, 94_344, 80_671, 30_639, 169_887)
 """Labelled training frames of Aff-Wild2, by class."""
-NUM_STREAMS = {"train": 200, "validation": 60}
 STREAM_FRAMES, RUN_FRAMES = (300, 3_000), (20, 400)
 UNLABELLED_RUNS, ABSENT_FRAMES, LONGEST_ABSENCE = 0.1, 0.02, 20
 CROP_PX, FACE_REGION = 112, (0.05, 0.1, 0.95, 1.0)
 """FERPlus pictures show this part of an aligned crop (`configs/fer_lite0.yaml`)."""
 KINDS = ("voter", "original", "truth")
 FPS = 30.0
+
+AUGMENTED: Overrides = {"windows.skip.mode": "drop", "windows.erase_share": 0.2}
+NAW: Overrides = {"loss.weighting": "naw"}
+RECIPES: dict[str, Overrides] = {
+    "plain": {},
+    "+ Aug": AUGMENTED,
+    "+ NAW": NAW,
+    "+ Aug + NAW": AUGMENTED | NAW,
+    "class-weighted": {"loss.weighting": "class"},
+    "label smoothing .1": {"loss.label_smoothing": 0.1},
+    "generalised cross-entropy": {"loss.objective": "gce"},
+    "ELR": {"loss.objective": "elr"},
+    "soft bootstrapping .8": {"loss.objective": "bootstrap", "loss.bootstrap_beta": 0.8},
+}
+PAPER = ("plain", "+ Aug", "+ NAW", "+ Aug + NAW")
+HALF_WIDTHS = (0, 5, 10, 20, 40, 80)
+
+
+def main(
+    work_dir: Path,
+    faces: Annotated[Path, typer.Option(help="FERPlus, for its training faces.")],
+    validation: Annotated[Path, typer.Option(help="FERPlus, for its validation faces.")],
+    imagenet: Annotated[Path, typer.Option(help="ImageNet weights, as face_encoders.py leaves them.")],
+    seeds: Annotated[int, typer.Option(help="Seeds of every recipe.", min=1)] = 5,
+    streams: Annotated[int, typer.Option(help="Training streams; the validation streams are 3 for 10 of them.")] = 200,
+) -> None:
+    make_streams(work_dir, faces, "train", streams)
+    make_streams(work_dir, validation, "validation", -(-3 * streams // 10))
+    manifest = build_manifest(work_dir / "annotations_truth", work_dir / "crops", TASK)
+    write_manifest(manifest, work_dir / "manifest.csv")
+    stores = {}
+    for name, encoder in encoders(imagenet).items():
+        stores[name] = work_dir / f"{name}.zarr"
+        config = PipelineConfig(encoder=encoder)
+        sys.stdout.write(extract_features(manifest, work_dir / "crops", stores[name], config).summary() + "\n")
+    results = Results(work_dir / "results.jsonl")
+    started = time.monotonic()
+    jobs = [job for job in jobs_of(seeds) if not results.has(job)]
+    context = get_context("spawn")
+    with ProcessPoolExecutor(usable_cores(), context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        running = {pool.submit(one_run, job, work_dir, manifest, stores[job.encoder]): job for job in jobs}
+        for done in as_completed(running):
+            results.add(running[done], done.result())
+            write_text(work_dir / "tables.md", tables(results))
+    sys.stdout.write(f"{tables(results)}\n{len(jobs)} runs in {(time.monotonic() - started) / 60:.0f} minutes\n")
+
+
+class Job(NamedTuple):
+    """One run. `level` is '' for the linear probe on single frames."""
+
+    encoder: str
+    labels: str
+    recipe: str
+    level: str
+    seed: int
+
+
+def encoders(imagenet: Path) -> dict[str, EncoderConfig]:
+    """The encoder that ships, which has learnt from the faces of the training streams, and the same network as it was
+    before, which has seen no face of FERPlus."""
+    shipped = encoder_of_weights("fer_lite0")
+    header = read_header(find_weights(shipped.weights))
+    seen = {key: header[key] for key in ("input_px", "grey", "detail_px", "face_region")}
+    before = EncoderConfig.model_validate({"name": shipped.name, "weights": imagenet, **seen})
+    return {"shipped": shipped, "imagenet": before}
+
+
+def jobs_of(seeds: int) -> list[Job]:
+    """Every recipe at both levels with the shipped encoder and one voter's labels; the paper's four, at the paper's
+    level, also with the original labels and with the encoder that has not seen the faces."""
+    jobs = []
+    for seed in range(seeds):
+        for encoder, labels in (("shipped", "voter"), ("shipped", "original"), ("imagenet", "voter")):
+            jobs += [Job(encoder, labels, recipe, "window", seed) for recipe in PAPER]
+            if seed == 0:
+                jobs.append(Job(encoder, labels, "linear probe on frames", "", 0))
+        jobs += [Job("shipped", "voter", recipe, "window", seed) for recipe in RECIPES if recipe not in PAPER]
+        jobs += [Job("shipped", "voter", recipe, "frame", seed) for recipe in RECIPES]
+    return jobs
+
+
+def one_run(job: Job, work_dir: Path, manifest: pd.DataFrame, store: Path) -> dict[str, float]:
+    """Macro-F1 of a run against the truth, and against the given labels; as the model says, and smoothed with the
+    half-width that suits the *given* validation labels best."""
+    given, truth = work_dir / f"annotations_{job.labels}", work_dir / "annotations_truth"
+    run = RunFolder(work_dir / "runs" / re.sub(r"[^a-z0-9]+", "_", "_".join(map(str, job)).lower()))
+    if job.level:
+        overrides = {"seed": job.seed, "loss.level": job.level, **RECIPES[job.recipe]}
+        config = load_config(CONFIG, [f"{key}={value}" for key, value in overrides.items()])
+        train_windows(manifest, given, store, run.path, config)
+        predict_videos(manifest, store, run.path, "validation")
+        raw = read_predictions(run.raw_predictions("validation"), TASK)
+    else:
+        raw = probe_predictions(manifest, given, store)
+    figures = {"truth": score(manifest, truth, raw, 0), "given": score(manifest, given, raw, 0)}
+    by_given = {half_width: score(manifest, given, raw, half_width) for half_width in HALF_WIDTHS}
+    half_width = max(by_given, key=lambda candidate: by_given[candidate])
+    figures |= {"smoothed": score(manifest, truth, raw, half_width), "half_width": half_width}
+    shutil.rmtree(run.path, ignore_errors=True)
+    return figures
+
+
+def score(manifest: pd.DataFrame, annotations: Path, raw: pd.DataFrame, half_width: int) -> float:
+    """Macro-F1 of raw predictions, gaps filled, and smoothed by a mean."""
+    smoothing = SmoothConfig(kind="mean", half_width=half_width) if half_width else SmoothConfig()
+    columns = TASK.prediction_columns
+    final = raw.copy()
+    for rows in raw.groupby("video_id", sort=False).indices.values():
+        p, valid = raw[columns].to_numpy(np.float32)[rows], raw["valid"].to_numpy()[rows]
+        flat = np.full(len(columns), 1 / len(columns), np.float32)
+        final.loc[rows, columns] = finish_video(p, valid, flat, PredictConfig(smooth=smoothing), TASK.kind)
+    return evaluate_predictions(manifest, annotations, final).macro_f1
+
+
+def probe_predictions(manifest: pd.DataFrame, given: Path, store: Path) -> pd.DataFrame:
+    """Logistic regression on single frames, classes balanced, every tenth labelled frame."""
+    opened = open_store(store)
+    banks = {
+        split: open_bank(opened, list(manifest.video_id[manifest.split == split]), shown=False)
+        for split in ("train", "validation")
+    }
+    labels = read_labels(manifest, given, TASK)
+    of_rows = np.concatenate([labels[video_id] for video_id in banks["train"].video_ids])
+    used = np.flatnonzero((of_rows != IGNORE_LABEL) & banks["train"].valid[:-1].numpy())[::10]
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300, class_weight="balanced"))
+    probe.fit(banks["train"].embeddings.numpy()[used].astype(np.float32), of_rows[used])
+    bank = banks["validation"]
+    answered = np.zeros((bank.zero_row, len(EXPRESSIONS)), np.float32)
+    answered[:, probe.classes_] = probe.predict_proba(bank.embeddings[:-1].numpy().astype(np.float32))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "probe.parquet"
+        write_predictions(path, answered, bank, [TASK])
+        return read_predictions(path, TASK)
+
+
+class Results:
+    """Finished runs, a JSON line each; written as they end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.figures: dict[Job, dict[str, float]] = {Job(*row["job"]): row["figures"] for row in rows}
+
+    def has(self, job: Job) -> bool:
+        return job in self.figures
+
+    def add(self, job: Job, figures: dict[str, float]) -> None:
+        self.figures[job] = figures
+        sys.stdout.write(f"{' '.join(map(str, job))}: macro-F1 {100 * figures['truth']:.2f}\n")
+        sys.stdout.flush()
+        lines = [json.dumps({"job": job, "figures": figures}) for job, figures in self.figures.items()]
+        write_text(self._path, "\n".join(lines) + "\n")
+
+
+def tables(results: Results) -> str:
+    """Macro-F1 in percent, mean and deviation over seeds, one table for each encoder and kind of labels."""
+    parts = []
+    for encoder, labels in dict.fromkeys((job.encoder, job.labels) for job in results.figures):
+        lines = [f"### {encoder} encoder, labels: {labels}", ""]
+        lines += ["| recipe | level | seeds | truth | truth, smoothed | given labels |", "|---|---|---|---|---|---|"]
+        of_table = {job: row for job, row in results.figures.items() if (job.encoder, job.labels) == (encoder, labels)}
+        for recipe, level in sorted(dict.fromkeys((job.recipe, job.level) for job in of_table), key=lambda of: of[1]):
+            rows = [row for job, row in of_table.items() if (job.recipe, job.level) == (recipe, level)]
+            cells = [mean_and_deviation([row[key] for row in rows]) for key in ("truth", "smoothed", "given")]
+            lines.append("| " + " | ".join([recipe, level or "-", str(len(rows)), *cells]) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def mean_and_deviation(shares: list[float]) -> str:
+    values = 100 * np.array(shares)
+    return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
 
 
 @dataclass(frozen=True)
@@ -58,27 +258,28 @@ class Showing:
     labels: dict[str, int]
 
 
-def make_streams(work_dir: Path, faces: Path, split: Split, count: int, seed: int) -> None:
+def make_streams(work_dir: Path, faces: Path, split: Split, count: int) -> None:
     """Write the crops and annotations of a split's streams; those that are there already are kept."""
+    (work_dir / "crops").mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(usable_cores(), get_context("spawn")) as pool:
-        list(pool.map(partial(make_stream, work_dir, faces, split, seed), range(count)))
+        list(pool.map(partial(make_stream, work_dir, faces, split), range(count)))
 
 
 _read_once = cache(read_faces)
 
 
-def make_stream(work_dir: Path, faces_path: Path, split: Split, seed: int, number: int) -> None:
+def make_stream(work_dir: Path, faces_path: Path, split: Split, number: int) -> None:
     faces = _read_once(faces_path, split)
     video_id = f"{split}_{number:03}"
-    generator = np.random.default_rng([seed, list(SPLIT_DIRS).index(split), number])
+    generator = np.random.default_rng([list(SPLIT_DIRS).index(split), number])
     num_frames = log_uniform(STREAM_FRAMES, generator)
     showings = plan_stream(faces, num_frames, generator)
     for kind in KINDS:
         labels = np.full(num_frames, IGNORE_LABEL)
         for showing in showings:
             labels[showing.start : showing.stop] = showing.labels[kind]
-        path = work_dir / f"annotations_{kind}" / TASKS["expr8"].annotation_dirs[0] / SPLIT_DIRS[split]
-        write_annotation(path / f"{video_id}.txt", labels, TASKS["expr8"])
+        path = work_dir / f"annotations_{kind}" / TASK.annotation_dirs[0] / SPLIT_DIRS[split]
+        write_annotation(path / f"{video_id}.txt", labels, TASK)
     if find_pack(work_dir / "crops", video_id) is None:
         crops = draw_stream(faces, showings, absent_frames(num_frames, generator), generator)
         write_pack(work_dir / "crops", video_id, crops, Source(Path(video_id)), {"benchmark": "ferplus_streams"})
@@ -180,3 +381,7 @@ def absent_frames(num_frames: int, generator: np.random.Generator) -> npt.NDArra
 
 def log_uniform(bounds: tuple[int, int], generator: np.random.Generator) -> int:
     return round(float(np.exp(generator.uniform(*np.log(bounds)))))
+
+
+if __name__ == "__main__":
+    typer.run(main)
