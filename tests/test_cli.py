@@ -63,8 +63,8 @@ FROZEN_OPTIONS = {
     "combine": {"--run-dir", "--how", "--out", "--split", "--tuned"},
     "evaluate": {"--manifest", "--annotations", "--run-dir", "--encoder", "--faces", "--split", "--json"},
     "crossval": {"--manifest", "--annotations", "--store", "--out", "--config", "--set"},
-    "cascade": {"--manifest", "--annotations", "--store", "--out", "--config", "--set"},
     "ablate": {"--manifest", "--annotations", "--store", "--out", "--seed", "--config", "--set"},
+    "cascade": {"--manifest", "--annotations", "--store", "--out", "--config", "--set"},
     "submit": {"--run-dir", "--template", "--out", "--split"},
     "infer": {"--out", "--encoder", "--run-dir", "--camera", "--config", "--set"},
 }

@@ -134,6 +134,7 @@ def test_a_cascade_is_two_runs_and_two_answers(
     drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
 ) -> None:
     config = short(tiny_config)
+    config = config.model_copy(update={"loss": config.loss.model_copy(update={"min_labelled": 0.1})})
     done = run_command("cascade", drawn, drawn_store, config, tmp_path)
     assert done.exit_code == 0, done.output
     assert "cascade: 2 runs done, 0 skipped" in done.output

@@ -147,7 +147,7 @@ def test_tuning_refuses_other_splits_and_what_does_not_fit(made: Tables) -> None
         tune_run(made.manifest, made.annotations, run, "test")
     with pytest.raises(DataError, match="'train' is what the model learnt by heart"):
         tune_run(made.manifest, made.annotations, run, "train")
-    with pytest.raises(DataError, match="No frame of the split 'validation' has a label"):
+    with pytest.raises(DataError, match="no videos in split 'validation' to tune on"):
         tune_run(made.manifest[made.manifest.split == "test"], made.annotations, run)
     table = RunFolder(run).raw_predictions("validation")
     pd.read_parquet(table).query("frame_index != 7 or video_id != 'validation1'").to_parquet(table)
@@ -329,7 +329,7 @@ def test_cascades_of_runs_score_as_expressions(made: Tables, tmp_path: Path) -> 
     soft = tmp_path / "soft"
     combine_runs([soft, expr], "mean", tmp_path / "both", "validation")
     assert open_predicted(tmp_path / "both").task.name == "expr8"
-    with pytest.raises(ConfigError, match=r"A mean takes two or more runs of the same task; .*\(coarse5\)"):
+    with pytest.raises(ConfigError, match=r"A mean takes two or more runs of the same tasks; .*\(coarse5\)"):
         combine_runs([coarse, expr], "mean", tmp_path / "x", "validation")
     with pytest.raises(ConfigError, match="two or more runs"):
         combine_runs([expr], "mean", tmp_path / "x", "validation")

@@ -81,6 +81,8 @@ def tune_run(
     run = open_predicted(run_dir)
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
     videos = videos[run.split_videos(videos)["split"] == split]
+    if videos.empty:
+        raise DataError(f"The manifest has no videos in split '{split}' to tune on.")
     source_videos = dict(zip(videos["video_id"], videos["source_video"], strict=True))
     predict, candidates = run.predict, smoothings(run.predict.smooth, run.tasks)
     tunings, tuned_on = {}, {}
