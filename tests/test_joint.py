@@ -449,6 +449,14 @@ def test_a_joint_run_from_manifest_to_submissions(world: World, joint_manifest: 
         vnaw("submit", "--run-dir", run, "--template", world.template(task), "--out", tmp_path / f"{task.name}.txt")
     rows = {task.name: (tmp_path / f"{task.name}.txt").read_text().splitlines()[1] for task in ALL}
     assert {name: row.count(",") for name, row in rows.items()} == {"expr8": 1, "va": 2, "au": 12}
+    vnaw("tune", *given)
+    vnaw("predict", "--manifest", joint_manifest, "--store", world.store, "--run-dir", run, "--tuned")
+    vnaw("evaluate", *given, "--json", tmp_path / "tuned.json")
+    tuned, found = json.loads((run / "tuned.json").read_text()), json.loads((tmp_path / "tuned.json").read_text())
+    assert (len(tuned["predict"]["bias"]), len(tuned["predict"]["thresholds"])) == (8, 12)
+    for task, of_task in ((EXPR, found), (VA, found["va"]), (AU, found["au"])):
+        assert of_task[task.metric] == pytest.approx(tuned["score"][task.name]["after"], abs=1e-9)
+    assert tuned["score"]["expr8"]["after"] >= tuned["score"]["expr8"]["before"]
 
 
 def test_a_fold_of_a_joint_run_is_scored_as_it_was_trained(world: World, tmp_path: Path) -> None:

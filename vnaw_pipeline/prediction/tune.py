@@ -160,7 +160,8 @@ def tune(
     whole = -1  # no frame is of this part, so all are fitted on
     with progress_bar("tune", len(candidates), "settings") as bar:
         for smoothing in candidates:
-            plain = untuned.model_copy(update={"smooth": smoothing, _DECISIONS.get(task.kind, "bias"): None})
+            undecided = {_DECISIONS[task.kind]: None} if task.kind in _DECISIONS else {}
+            plain = untuned.model_copy(update={"smooth": smoothing, **undecided})
             answers = finished(plain)
             for left_out in (whole, *(range(num_parts) if num_parts > 1 else ())):
                 used = part != left_out
