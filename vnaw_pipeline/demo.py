@@ -120,10 +120,12 @@ def run_demo(work_dir: Path, config: PipelineConfig, say: Callable[[str], None])
 
 
 def _infer(work_dir: Path, manifest: pd.DataFrame, crops: Path, truth: Path) -> StageReport:
-    """Show `vnaw infer`, with the encoder for photographs, on a validation person as a video file, and on their first
-    smile as an image."""
+    """Show `vnaw infer`, with the encoder for photographs, on the validation person who smiles most as a video file,
+    and on one of their smiles as an image."""
     out_dir = work_dir / "infer"
-    person = manifest[manifest.split == "validation"].sort_values("num_frames").iloc[0]
+    people = manifest[manifest.split == "validation"]
+    smiling = [int((read_annotation(truth / path, _TASK) == _HAPPINESS).sum()) for path in people.annotation]
+    person = people.iloc[int(np.argmax(smiling))]
     labels = read_annotation(truth / person.annotation, _TASK)[: person.num_frames]
     pictures = [crops / person.crops / image_name(frame_index) for frame_index in range(person.num_frames)]
     smiles = [path for path, label in zip(pictures, labels, strict=False) if label == _HAPPINESS and path.is_file()]
