@@ -10,7 +10,7 @@ from vnaw_pipeline.features.bank import FeatureBank
 from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS
 from vnaw_pipeline.windows.augment import channel_mask, erase_channels, mask_input, skip_frames, window_seeds
-from vnaw_pipeline.windows.batches import gather_drawn_views, gather_windows
+from vnaw_pipeline.windows.batches import gather_windows
 from vnaw_pipeline.windows.plan import (
     balanced_weights,
     labelled_share,
@@ -238,5 +238,6 @@ def test_each_window_is_gathered_in_the_view_that_was_drawn_for_it() -> None:
         ["a"], plain, torch.ones(7).bool(), torch.tensor([0, 6]), {"mirror": -plain, "erase0": 10 * plain}
     )
     rows = torch.tensor([[1, 2], [3, 6], [4, 5]])
-    found = gather_drawn_views(bank, ["erase0", "plain", "mirror"], torch.tensor([2, 0, 1]), rows)
-    assert found[..., 0].tolist() == [[-1, -2], [30, 0], [4, 5]]
+    views, drawn = ["erase0", "plain", "mirror"], torch.tensor([2, 0, 1])
+    found = gather_windows(bank, {}, rows, torch.zeros(3, dtype=torch.int64), views, drawn)
+    assert found.embeddings[..., 0].tolist() == [[-1, -2], [30, 0], [4, 5]]

@@ -32,7 +32,7 @@ from vnaw_pipeline.temporal import TemporalModel
 from vnaw_pipeline.training.labels import LabelledBank, open_labelled_bank
 from vnaw_pipeline.training.loop import Optimisation, Recipe, fit, seed_of, split_step
 from vnaw_pipeline.windows.augment import channel_mask, erase_channels, mask_input, skip_frames, window_seeds
-from vnaw_pipeline.windows.batches import WindowBatch, gather_drawn_views, gather_view, gather_windows
+from vnaw_pipeline.windows.batches import WindowBatch, gather_view, gather_windows
 from vnaw_pipeline.windows.plan import (
     WindowPlan,
     balanced_weights,
@@ -228,11 +228,13 @@ def _epoch_steps(
             torch.arange(len(of_step)), state.process_index, state.num_processes, config.train.accumulation
         )
         for part in parts:
-            batch = gather_windows(train.bank, train.labels, rows[part], plan.video[of_step[part]])
+            videos = plan.video[of_step[part]]
+            batch = gather_windows(train.bank, train.labels, rows[part], videos, config.windows.views, drawn_view[part])
             augmented = partial(_augmented, config.windows, keep[part], seeds[part])
-            seen = gather_drawn_views(train.bank, config.windows.views, drawn_view[part], rows[part])
             mirrored = augmented(gather_view(train.bank, MIRROR, rows[part])) if config.loss.consistency else None
-            batches.append(batch._replace(embeddings=augmented(seen), mirrored=mirrored, step_units=step_units))
+            batches.append(
+                batch._replace(embeddings=augmented(batch.embeddings), mirrored=mirrored, step_units=step_units)
+            )
         yield batches
 
 

@@ -30,15 +30,28 @@ class WindowBatch(NamedTuple):
 
 
 def gather_windows(
-    bank: FeatureBank, row_labels: Mapping[TaskName, Tensor], rows: Tensor, video: Tensor
+    bank: FeatureBank,
+    row_labels: Mapping[TaskName, Tensor],
+    rows: Tensor,
+    video: Tensor,
+    views: Sequence[str] = (PLAIN,),
+    drawn: Tensor | None = None,
 ) -> WindowBatch:
-    """Look up bank rows (B, P) of windows of the videos (B,); `row_labels` are (N + 1, ...) for each task."""
-    rows, video = rows.to(bank.first.device), video.to(bank.first.device)
-    frame_index = (rows - bank.first[video][:, None]).masked_fill(rows == bank.zero_row, -1)
+    """Look up bank rows (B, P) of windows of the videos (B,); `row_labels` are (N + 1, ...) for each task.
+
+    Of several views, window b is seen in `views[drawn[b]]`; drawn int64 (B,).
+    """
+    device_rows, video = rows.to(bank.first.device), video.to(bank.first.device)
+    frame_index = (device_rows - bank.first[video][:, None]).masked_fill(device_rows == bank.zero_row, -1)
+    embeddings = gather_view(bank, views[0], rows)
+    if drawn is not None:
+        for number, view in enumerate(views[1:], start=1):
+            chosen = drawn == number
+            embeddings[chosen.to(embeddings.device)] = gather_view(bank, view, rows[chosen])
     return WindowBatch(
-        embeddings=gather_view(bank, PLAIN, rows),
-        valid=bank.valid[rows],
-        labels={name: of_task[rows] for name, of_task in row_labels.items()},
+        embeddings=embeddings,
+        valid=bank.valid[device_rows],
+        labels={name: of_task[device_rows] for name, of_task in row_labels.items()},
         frame_index=frame_index,
         video=video,
     )
@@ -48,12 +61,3 @@ def gather_view(bank: FeatureBank, view: str, rows: Tensor) -> Tensor:
     """Embeddings (B, P, D) of bank rows (B, P) in one view."""
     rows = rows.to(bank.first.device)
     return bank.view(view).index_select(0, rows.flatten()).view(*rows.shape, bank.embedding_dim)
-
-
-def gather_drawn_views(bank: FeatureBank, views: Sequence[str], drawn: Tensor, rows: Tensor) -> Tensor:
-    """Embeddings (B, P, D) of bank rows (B, P), those of window b in the view `views[drawn[b]]`; drawn int64 (B,)."""
-    embeddings = gather_view(bank, views[0], rows)
-    for number, view in enumerate(views[1:], start=1):
-        chosen = drawn == number
-        embeddings[chosen.to(embeddings.device)] = gather_view(bank, view, rows[chosen])
-    return embeddings
