@@ -41,6 +41,7 @@ from vnaw_pipeline.training.images import (
     vary_images,
 )
 from vnaw_pipeline.training.loop import SCORE, Recipe, fit, seed_of, split_step
+from vnaw_pipeline.windows.plan import balanced_weights
 
 _SECTIONS = {"seed", "encoder", "pretrain"}
 """What this stage reads of the config; the rest may change between a run and its continuation."""
@@ -196,9 +197,8 @@ def _draw(labels: Tensor, sampling: str, generator: torch.Generator) -> Tensor:
     """As many draws as there are labels (N,). `uniform` takes each once; the others draw with replacement."""
     if sampling == "uniform":
         return torch.randperm(len(labels), generator=generator)
-    sizes = torch.bincount(labels, minlength=len(EXPRESSIONS)).double()
-    power = 1.0 if sampling == "balanced" else 0.5
-    return torch.multinomial(sizes[labels] ** -power, len(labels), replacement=True, generator=generator)
+    weights = balanced_weights(labels, len(EXPRESSIONS), 1.0 if sampling == "balanced" else 0.5)
+    return torch.multinomial(weights, len(labels), replacement=True, generator=generator)
 
 
 def _objective(
