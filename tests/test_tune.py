@@ -24,7 +24,7 @@ from vnaw_pipeline.prediction.predict import read_predictions
 from vnaw_pipeline.prediction.submission import write_submission
 from vnaw_pipeline.prediction.tables import finish_table, open_predicted
 from vnaw_pipeline.prediction.tune import Tuning, TuningVideo, smoothings, tune, tune_run, tuning_parts
-from vnaw_pipeline.runs import RunFolder
+from vnaw_pipeline.runs import RunFolder, open_run
 from vnaw_pipeline.tasks import TASKS, Task, TaskName
 
 EXPR = TASKS["expr8"]
@@ -305,6 +305,8 @@ def test_a_mean_of_runs_is_a_run_for_every_reader(made: Tables, tmp_path: Path) 
     template = tmp_path / "template.txt"
     template.write_text(f"{EXPR.template_header}\ntest0/00002.jpg,0\n")
     assert write_submission(found, template, tmp_path / "submission.txt", EXPR) == 1
+    with pytest.raises(CheckpointError, match=r"is a composed run, which has no model.*each of its members"):
+        open_run(out)
     with pytest.raises(CheckpointError, match="composed otherwise: members"):
         combine_runs(members[:2], "mean", out, "test")
     (tmp_path / "thesis").mkdir()

@@ -32,6 +32,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def composite(self) -> Path:
+        """Instead of a config and a model: which runs a composed one was made of."""
+        return self.path / "composite.json"
+
+    @property
     def best(self) -> Path:
         """Model of the epoch with the best validation score."""
         return self.path / "checkpoint" / "best.safetensors"
@@ -141,6 +146,11 @@ def open_run(path: str | Path) -> Run:
         CheckpointError: no checkpoint there, or one that is damaged or does not belong to the folder's config.
     """
     folder = RunFolder(Path(path))
+    if folder.composite.is_file():
+        raise CheckpointError(
+            f"{folder.path} is a composed run, which has no model of its own. Predict with each of its members, then "
+            "run `vnaw combine` for that split."
+        )
     if not folder.config.is_file():
         raise CheckpointError(f"{folder.path} is not a run folder: it has no config.yaml. Make one with `vnaw train`.")
     tensors, header = load_tensors(folder.best)

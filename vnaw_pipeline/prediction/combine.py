@@ -19,8 +19,9 @@ from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError, listin
 from vnaw_pipeline.prediction.cascade import hard_cascade, soft_cascade
 from vnaw_pipeline.prediction.predict import read_predictions
 from vnaw_pipeline.prediction.smooth import Probabilities
-from vnaw_pipeline.prediction.tables import COMPOSITE, PredictedRun, finish_table, open_predicted
+from vnaw_pipeline.prediction.tables import PredictedRun, finish_table, open_predicted
 from vnaw_pipeline.provenance import atomic_path, differences, digest_bytes, write_json
+from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import StageReport
 from vnaw_pipeline.tasks import TASKS, Task
 
@@ -128,7 +129,7 @@ def _begin(out: Path, members: Sequence[PredictedRun], how: How, tasks: Sequence
         "without_any": combine(without_any, how)[0].tolist(),
         "members": [{"name": member.folder.path.name, "digest": member.digest} for member in members],
     }
-    path = out / COMPOSITE
+    path = RunFolder(out).composite
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         if unlike := differences(found, content):

@@ -22,7 +22,7 @@ from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.tasks import TASKS, Task
 
-COMPOSITE, TUNED = "composite.json", "tuned.json"
+TUNED = "tuned.json"
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def open_predicted(path: str | Path) -> PredictedRun:
         CheckpointError: neither a trained run nor a composed one, or a damaged one.
     """
     folder = RunFolder(Path(path))
-    if (folder.path / COMPOSITE).is_file():
-        content = _read_json(folder.path / COMPOSITE, "")
+    if folder.composite.is_file():
+        content = _read_json(folder.composite, "")
         digest = digest_bytes(json.dumps(content, sort_keys=True).encode())
         tasks = tuple(TASKS[name] for name in content["tasks"])
         without_any = np.asarray(content["without_any"], np.float32)
