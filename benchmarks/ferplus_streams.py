@@ -53,8 +53,9 @@ from vnaw_pipeline.features.bank import open_bank
 from vnaw_pipeline.features.encoder import encoder_of_weights, find_weights
 from vnaw_pipeline.features.extract import extract_features
 from vnaw_pipeline.features.store import open_store
+from vnaw_pipeline.losses.naw import constants_of, naw_weights
 from vnaw_pipeline.manifests import build_manifest, read_labels, write_manifest
-from vnaw_pipeline.prediction.evaluate import evaluate_predictions
+from vnaw_pipeline.metrics import score_predictions
 from vnaw_pipeline.prediction.finish import finish_video
 from vnaw_pipeline.prediction.predict import predict_videos, read_predictions, write_predictions
 from vnaw_pipeline.provenance import write_text
@@ -82,12 +83,15 @@ RECIPES: dict[str, Overrides] = {
     "+ Aug": AUGMENTED,
     "+ NAW": NAW,
     "+ Aug + NAW": AUGMENTED | NAW,
-    "class-weighted": {"loss.weighting": "class"},
+    "class-weighted": {"loss.weighting": "class", "train.sampling": "uniform"},  # in place of balanced draws
     "label smoothing .1": {"loss.label_smoothing": 0.1},
     "generalised cross-entropy": {"loss.objective": "gce"},
     "ELR": {"loss.objective": "elr"},
     "soft bootstrapping .8": {"loss.objective": "bootstrap", "loss.bootstrap_beta": 0.8},
+    "+ Aug + NAW, w alone": AUGMENTED | NAW | {"loss.mix": "lam", "loss.lam_a": 0.0},
+    "+ Aug + NAW, gradient through w": AUGMENTED | NAW | {"loss.weights_carry_gradient": True},
 }
+FEW_SEEDS = 3
 PAPER = ("plain", "+ Aug", "+ NAW", "+ Aug + NAW")
 HALF_WIDTHS = (0, 5, 10, 20, 40, 80)
 
@@ -142,16 +146,16 @@ def encoders(imagenet: Path) -> dict[str, EncoderConfig]:
 
 
 def jobs_of(seeds: int) -> list[Job]:
-    """Every recipe at both levels with the shipped encoder and one voter's labels; the paper's four, at the paper's
-    level, also with the original labels and with the encoder that has not seen the faces."""
-    jobs = []
+    """With the shipped encoder and one voter's labels: every recipe at both levels. At the paper's level, the paper's
+    four also with the original labels, and with the encoder that has not seen the faces. What is not the paper's, or
+    not on its ground, gets `FEW_SEEDS`."""
+    grounds = [("shipped", "voter"), ("shipped", "original"), ("imagenet", "voter")]
+    jobs = [Job(*ground, "linear probe on frames", "", 0) for ground in grounds]
     for seed in range(seeds):
-        for encoder, labels in (("shipped", "voter"), ("shipped", "original"), ("imagenet", "voter")):
-            jobs += [Job(encoder, labels, recipe, "window", seed) for recipe in PAPER]
-            if seed == 0:
-                jobs.append(Job(encoder, labels, "linear probe on frames", "", 0))
-        jobs += [Job("shipped", "voter", recipe, "window", seed) for recipe in RECIPES if recipe not in PAPER]
-        jobs += [Job("shipped", "voter", recipe, "frame", seed) for recipe in RECIPES]
+        recipes = RECIPES if seed < FEW_SEEDS else PAPER
+        jobs += [Job(*grounds[0], recipe, level, seed) for level in ("window", "frame") for recipe in recipes]
+        if seed < FEW_SEEDS:
+            jobs += [Job(*ground, recipe, "window", seed) for ground in grounds[1:] for recipe in PAPER]
     return jobs
 
 
@@ -160,32 +164,64 @@ def one_run(job: Job, work_dir: Path, manifest: pd.DataFrame, store: Path) -> di
     half-width that suits the *given* validation labels best."""
     given, truth = work_dir / f"annotations_{job.labels}", work_dir / "annotations_truth"
     run = RunFolder(work_dir / "runs" / re.sub(r"[^a-z0-9]+", "_", "_".join(map(str, job)).lower()))
+    weights = {}
     if job.level:
         overrides = {"seed": job.seed, "loss.level": job.level, **RECIPES[job.recipe]}
         config = load_config(CONFIG, [f"{key}={value}" for key, value in overrides.items()])
         train_windows(manifest, given, store, run.path, config)
         predict_videos(manifest, store, run.path, "validation")
         raw = read_predictions(run.raw_predictions("validation"), TASK)
+        if config.loss.weighting == "naw" and job.seed == 0:
+            weights = mean_weights(manifest, given, truth, store, run, config)
     else:
         raw = probe_predictions(manifest, given, store)
-    figures = {"truth": score(manifest, truth, raw, 0), "given": score(manifest, given, raw, 0)}
-    by_given = {half_width: score(manifest, given, raw, half_width) for half_width in HALF_WIDTHS}
+    scored = manifest[manifest.split == "validation"]
+    of_truth, of_given = (
+        np.concatenate(list(read_labels(scored, annotations, TASK).values())) for annotations in (truth, given)
+    )
+    tables = {half_width: finished(raw, half_width) for half_width in HALF_WIDTHS}
+    by_given = {half_width: macro_f1(of_given, table) for half_width, table in tables.items()}
     half_width = max(by_given, key=lambda candidate: by_given[candidate])
-    figures |= {"smoothed": score(manifest, truth, raw, half_width), "half_width": half_width}
+    figures = {"truth": macro_f1(of_truth, tables[0]), "given": by_given[0]}
+    figures |= {"smoothed": macro_f1(of_truth, tables[half_width]), "half_width": half_width}
     shutil.rmtree(run.path, ignore_errors=True)
-    return figures
+    return figures | weights
 
 
-def score(manifest: pd.DataFrame, annotations: Path, raw: pd.DataFrame, half_width: int) -> float:
-    """Macro-F1 of raw predictions, gaps filled, and smoothed by a mean."""
+def mean_weights(
+    manifest: pd.DataFrame, given: Path, truth: Path, store: Path, run: RunFolder, config: PipelineConfig
+) -> dict[str, float]:
+    """What NAW gives the training frames that the best epoch's model sees: rightly and wrongly labelled ones apart, and
+    how many of them are wrong."""
+    predict_videos(manifest, store, run.path, "train")
+    raw = read_predictions(run.raw_predictions("train"), TASK)
+    train = manifest[manifest.split == "train"]
+    labels, true = (np.concatenate(list(read_labels(train, of, TASK).values())) for of in (given, truth))
+    used = (labels != IGNORE_LABEL) & raw["valid"].to_numpy()
+    probabilities = torch.from_numpy(raw[TASK.prediction_columns].to_numpy(np.float32)[used])
+    weights = naw_weights(probabilities, torch.from_numpy(labels[used]), 1.0, constants_of(config.loss)).numpy()
+    is_right = (labels == true)[used]
+    return {
+        "weight_right": float(weights[is_right].mean()),
+        "weight_wrong": float(weights[~is_right].mean()),
+        "wrong_share": float((~is_right).mean()),
+    }
+
+
+def finished(raw: pd.DataFrame, half_width: int) -> npt.NDArray[np.float32]:
+    """Raw predictions (N, K) with gaps filled, and smoothed by a mean."""
     smoothing = SmoothConfig(kind="mean", half_width=half_width) if half_width else SmoothConfig()
-    columns = TASK.prediction_columns
-    final = raw.copy()
+    answers, valid = raw[TASK.prediction_columns].to_numpy(np.float32), raw["valid"].to_numpy()
+    flat = np.full(answers.shape[1], 1 / answers.shape[1], np.float32)
+    final = np.empty_like(answers)
     for rows in raw.groupby("video_id", sort=False).indices.values():
-        p, valid = raw[columns].to_numpy(np.float32)[rows], raw["valid"].to_numpy()[rows]
-        flat = np.full(len(columns), 1 / len(columns), np.float32)
-        final.loc[rows, columns] = finish_video(p, valid, flat, PredictConfig(smooth=smoothing), TASK.kind)
-    return evaluate_predictions(manifest, annotations, final).macro_f1
+        final[rows] = finish_video(answers[rows], valid[rows], flat, PredictConfig(smooth=smoothing), TASK.kind)
+    return final
+
+
+def macro_f1(labels: npt.NDArray[np.int64], answers: npt.NDArray[np.float32]) -> float:
+    """Over the labelled frames; both stand in the order of the manifest."""
+    return score_predictions(TASK, labels, answers).figures["macro_f1"]
 
 
 def probe_predictions(manifest: pd.DataFrame, given: Path, store: Path) -> pd.DataFrame:
@@ -240,7 +276,15 @@ def tables(results: Results) -> str:
             cells = [mean_and_deviation([row[key] for row in rows]) for key in ("truth", "smoothed", "given")]
             lines.append("| " + " | ".join([recipe, level or "-", str(len(rows)), *cells]) + " |")
         parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
+    lines = ["### Mean weight w of training frames, at the end of the first seed's run", ""]
+    lines += ["| run | wrong labels | w, right | w, wrong |", "|---|---|---|---|"]
+    for job, row in results.figures.items():
+        if "wrong_share" in row:
+            name = ", ".join((job.encoder, job.labels, job.recipe, job.level))
+            weights = [f"{row[key]:.3f}" for key in ("weight_right", "weight_wrong")]
+            cells = [name, f"{100 * row['wrong_share']:.0f}%", *weights]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*parts, *lines]) + "\n"
 
 
 def mean_and_deviation(shares: list[float]) -> str:
