@@ -24,7 +24,7 @@ def fill(store: FeatureStore, video_id: str, num_frames: int, seed: int = 0) -> 
     generator = np.random.default_rng(seed)
     embeddings = generator.standard_normal((num_frames, store.embedding_dim)).astype(np.float16)
     store.add_video(video_id, num_frames)
-    for unit in store.missing_units(video_id):
+    for unit in store.missing_units([video_id]):
         rows = embeddings[unit.start : unit.stop]
         store.write_unit(unit, rows, np.arange(unit.start, unit.stop) % 5 != 0)
     return embeddings
@@ -38,16 +38,16 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, num_f
     store = open_store(path)
     assert (store.embeddings("v") == written).all()
     assert (store.valid("v") == (np.arange(num_frames) % 5 != 0)).all()
-    assert store.missing_units("v") == []
+    assert store.missing_units(["v"]) == []
 
 
 def test_a_chunk_of_zeros_is_done_once_written(tmp_path: Path) -> None:
     """Zarr leaves all-zero chunks out unless told; a video without a face would be extracted for ever."""
     store = create_store(tmp_path / "s", FINGERPRINT, 3)
     store.add_video("v", 10)
-    (unit,) = store.missing_units("v")
+    (unit,) = store.missing_units(["v"])
     store.write_unit(unit, np.zeros((10, 3), np.float16), np.zeros(10, np.bool_))
-    assert store.missing_units("v") == []
+    assert store.missing_units(["v"]) == []
 
 
 def test_a_cut_off_chunk_is_missing(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_cut_off_chunk_is_missing(tmp_path: Path) -> None:
     fill(store, "v", CHUNK_FRAMES + 9)
     chunk = tmp_path / "s" / "plain" / "v" / "c" / "1" / "0"
     chunk.write_bytes(chunk.read_bytes()[:100])
-    assert [(u.start, u.stop) for u in store.missing_units("v")] == [(CHUNK_FRAMES, CHUNK_FRAMES + 9)]
+    assert [(u.start, u.stop) for u in store.missing_units(["v"])] == [(CHUNK_FRAMES, CHUNK_FRAMES + 9)]
     with pytest.raises(StoreError, match="lacks 1 of 1 videos"):
         store.embeddings("v")
 
@@ -120,7 +120,7 @@ def test_a_kill_loses_at_most_the_chunk_in_hand(tmp_path: Path, seconds: float) 
     os.kill(writer.pid, signal.SIGKILL)
     writer.join()
     store = open_store(tmp_path / "s", read_only=False)
-    unfinished = [video_id for video_id in store.video_ids() if store.missing_units(video_id)]
+    unfinished = [video_id for video_id in store.video_ids() if store.missing_units([video_id])]
     assert len(unfinished) <= 1
     expected = np.random.default_rng(0).standard_normal((CHUNK_FRAMES, 64)).astype(np.float16)
     for video_id in set(store.video_ids()) - set(unfinished):
