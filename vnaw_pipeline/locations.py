@@ -7,23 +7,39 @@ is one line that names the place.
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
 
 from vnaw_pipeline.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
 
+Result = TypeVar("Result")
+
 RETRY_SECONDS = 180
 """A request that fails is tried again for so long. Below five minutes, for which a signed request is good."""
 REQUEST_SECONDS = 60
 """A reply that takes longer has failed. A chunk has 8 MB at a width of 1024."""
+_CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_SKIP_SIGNATURE",
+)
+_NO_CREDENTIALS = (
+    "no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (files in ~/.aws are not read: "
+    "`aws configure export-credentials --format env` prints what they hold)."
+)
 
 
 @dataclass(frozen=True)
@@ -52,18 +68,15 @@ class S3Path:
 
     def read_bytes(self) -> bytes:
         """The object. Raises FileNotFoundError if there is none."""
-        with reached(self):
-            return bytes(self.client("").get(self.key).bytes())
+        return reach(self, lambda: bytes(self.client("").get(self.key).bytes()))
 
     def upload(self, file: Path) -> None:
         """Make the object from a local file, in parts if it is large; it is there when all of it is."""
-        with reached(self):
-            self.client("").put(self.key, file)
+        reach(self, lambda: self.client("").put(self.key, file))
 
     def unlink(self, missing_ok: bool = True) -> None:
         """Remove the object. S3 does not say whether it was there."""
-        with reached(self):
-            self.client("").delete(self.key)
+        reach(self, lambda: self.client("").delete(self.key))
 
     def client(self, prefix: str | None = None) -> "S3Store":
         """A client whose keys begin at this prefix; None: at this path."""
@@ -90,15 +103,12 @@ def location(where: str | Location) -> Location:
     return S3Path(bucket, key)
 
 
-def files_below(folder: Location) -> Iterator[tuple[str, int]]:
-    """Every file below a folder, by its name from there and its size in bytes; of a folder that is not there, none."""
+def files_below(folder: Location) -> dict[str, int]:
+    """Every file below a folder, by its name from there, and its size in bytes; of a folder that is not there, none."""
     if isinstance(folder, S3Path):
-        with reached(folder):
-            for objects in folder.client().list():
-                for found in objects:
-                    yield found["path"], found["size"]
-    elif folder.exists():
-        yield from _files_below(folder, "")
+        listed = reach(folder, lambda: folder.client().list().collect())
+        return {found["path"]: found["size"] for found in listed}
+    return dict(_files_below(folder, "")) if folder.exists() else {}
 
 
 def _files_below(folder: str | os.PathLike[str], prefix: str) -> Iterator[tuple[str, int]]:
@@ -111,41 +121,45 @@ def _files_below(folder: str | os.PathLike[str], prefix: str) -> Iterator[tuple[
                     yield f"{prefix}{entry.name}", entry.stat().st_size
 
 
-@contextmanager
-def reached(place: Location) -> Iterator[None]:
-    """Name the place in what goes wrong with it.
+def reach(place: Location, act: Callable[[], Result]) -> Result:
+    """Do something with a place that can be done twice; what goes wrong with it names the place.
+
+    The client of S3 asks again by itself, but not where a reply breaks off. So it is done again for a while.
 
     Raises:
         StoreError: S3 cannot be reached or used, with what to do. OSError: as it was, with a file name.
     """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(place, S3Path) and (reason := _s3_reason(error)) is not None:
-            raise StoreError(f"{place}: {reason}") from error
-        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
-            error.filename = str(place)  # a full disk does not say which
-        raise
+    wait, end = 0.1, time.monotonic() + RETRY_SECONDS
+    while True:
+        try:
+            return act()
+        except Exception as error:
+            text = str(error).partition("\n\nDebug source")[0]
+            is_of_client = type(error).__module__.startswith("obstore") or "NoSuchBucket" in text
+            if isinstance(place, Path) or not is_of_client:
+                if isinstance(error, OSError):
+                    error.filename = error.filename or str(place)  # a full disk does not say which
+                raise
+            if (reason := _lasting_reason(text)) is None and time.monotonic() + wait < end:
+                time.sleep(wait)
+                wait = min(2 * wait, 10)
+                continue
+            again = f"{' '.join(text.split())[:400]}. What is written is whole; run the same command again to go on."
+            raise StoreError(f"{place}: {reason or again}") from error
 
 
-def _s3_reason(error: Exception) -> str | None:
-    """What the client's error means for the user; None if it is not about the server or the bucket."""
-    text = str(error).partition("\n\nDebug source")[0]
+def _lasting_reason(text: str) -> str | None:
+    """What the client's error means for the user; None if it may pass."""
     if "NoSuchBucket" in text:
         return "there is no such bucket. Check its name and AWS_REGION, or AWS_ENDPOINT_URL if it is not on AWS."
-    if isinstance(error, OSError) or not type(error).__module__.startswith("obstore"):
-        return None
-    if "http://169.254." in text:  # where machines on AWS find the credentials of their role
-        return (
-            "no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (files in ~/.aws are not read: "
-            "`aws configure export-credentials --format env` prints what they hold)."
-        )
+    if "/latest/" in text:  # where a machine on AWS is told the credentials of its role
+        return _NO_CREDENTIALS
     if code := re.search(r"40[13] (?:Unauthorized|Forbidden)(?:.*?<Code>(\w+))?", text, re.DOTALL):
         return (
             f"access is denied ({code[1] or code[0]}). Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
             "AWS_SESSION_TOKEN, AWS_REGION, and what they allow in this bucket."
         )
-    return f"{' '.join(text.split())[:400]}. What is written is whole; run the same command again to go on."
+    return None
 
 
 @lru_cache
@@ -157,9 +171,21 @@ def _client(bucket: str, prefix: str) -> "S3Store":
         raise StoreError(
             f"s3://{bucket} needs a package more. Install it with `pip install 'vnaw-pipeline[s3]'`."
         ) from error
+    if not any(name in os.environ for name in _CREDENTIALS):
+        _require_metadata_server(bucket)
     return S3Store(
         bucket,
         prefix=prefix or None,
         client_options={"allow_http": True, "timeout": timedelta(seconds=REQUEST_SECONDS)},  # the endpoint decides
         retry_config={"max_retries": 100, "retry_timeout": timedelta(seconds=RETRY_SECONDS)},
     )
+
+
+def _require_metadata_server(bucket: str) -> None:
+    """Without credentials in the environment only a machine on AWS has some; elsewhere the client would ask in vain
+    for as long as it asks a server."""
+    server = urlsplit(os.environ.get("AWS_METADATA_ENDPOINT", "http://169.254.169.254"))
+    try:
+        socket.create_connection((server.hostname or "", server.port or 80), timeout=2).close()
+    except OSError as error:
+        raise StoreError(f"s3://{bucket}: {_NO_CREDENTIALS}") from error

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vnaw_pipeline.locations import Location, S3Path, reached
+from vnaw_pipeline.locations import Location, S3Path
 
 _RECORDED_PACKAGES = ("vnaw-pipeline", "torch", "timm", "accelerate", "zarr", "numpy")
 
@@ -35,10 +35,12 @@ def atomic_path(path: Location) -> Iterator[Path]:
     os.close(handle)
     partial = Path(name)
     try:
-        with reached(path):
-            yield partial
+        yield partial
         partial.chmod(0o666 & ~_umask())
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

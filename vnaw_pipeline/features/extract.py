@@ -7,6 +7,7 @@ were made when.
 
 import json
 import time
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def extract_features(
             bar.advance(result.chunk.stop - result.chunk.start)
 
     frames = sum(gather_all([frames]))  # after this, every process has written its chunks
-    failed = _with_failures(store)
+    failed = files_below(store.path / _FAILURES)
     failures_of = [(chunk, _recorded_failures(store, chunk, failed)) for chunk in chunks]
     asked = sum(view in views for chunk in chunks for view in chunk.recipes)
     report = StageReport(
@@ -126,7 +127,7 @@ def _chunks_to_do(store: FeatureStore, video_ids: list[str], views: tuple[str, .
     """
     held = {view: [video_id for video_id in video_ids if store.has_video(video_id, view)] for view in store.views}
     missing = {view: set(store.missing_units(held[view], view)) for view in held}
-    failed = _with_failures(store)
+    failed = files_below(store.path / _FAILURES)
     chunks = []
     for unit in (unit for video_id in video_ids for unit in store.units(video_id)):
         chunk = Chunk(unit.video_id, unit.start, unit.stop, {})
@@ -146,12 +147,7 @@ def _failures_name(chunk: Chunk) -> str:
     return f"{chunk.video_id}.{chunk.start}{added}.json"
 
 
-def _with_failures(store: FeatureStore) -> set[str]:
-    """Names of the chunks that failures are recorded of."""
-    return {name for name, _ in files_below(store.path / _FAILURES)}
-
-
-def _recorded_failures(store: FeatureStore, chunk: Chunk, failed: set[str]) -> list[Failure]:
+def _recorded_failures(store: FeatureStore, chunk: Chunk, failed: Container[str]) -> list[Failure]:
     name = _failures_name(chunk)
     rows = json.loads((store.path / _FAILURES / name).read_bytes()) if name in failed else []
     return [Failure(chunk.video_id, frame_index, reason) for frame_index, reason in rows]

@@ -8,18 +8,22 @@ it is written whole, `valid` first, by one process; it is done if and only if it
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.storage import LocalStore, ObjectStore
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.group import GroupMetadata
+from zarr.core.metadata import ArrayMetadata
+from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
 from vnaw_pipeline.errors import StoreError
 from vnaw_pipeline.features.views import PLAIN, Recipe
-from vnaw_pipeline.locations import Location, files_below, location, reached
-from vnaw_pipeline.provenance import differences
+from vnaw_pipeline.locations import Location, files_below, location, reach
+from vnaw_pipeline.provenance import differences, write_bytes
 
 CHUNK_FRAMES = 4096
 IMPORTED = "imported"
@@ -67,8 +71,7 @@ class FeatureStore:
                 )
         if views.keys() - self.views.keys():
             self.views = {**self.views, **views}
-            with reached(self.path):
-                self._group.attrs["views"] = self.views
+            reach(self.path, lambda: self._group.update_attributes({"views": self.views}))
 
     def add_video(self, video_id: str, num_frames: int, views: Sequence[str] = (PLAIN,)) -> None:
         """Make room for a video. Doing it again is allowed; with another number of frames it is an error."""
@@ -119,9 +122,9 @@ class FeatureStore:
     def write_unit(self, unit: Unit, embeddings: npt.NDArray[np.float16], valid: npt.NDArray[np.bool_]) -> None:
         """Write one chunk: embeddings (stop - start, D), valid (stop - start,). Each object is there whole or not."""
         for view, rows in ((_VALID, valid), (unit.view, embeddings)):
+            # A chunk of zeros must be written like any other: that it is there is what says 'done'.
             array = self._array(view, unit.video_id).with_config({"write_empty_chunks": True})
-            with reached(self.path):
-                array[unit.start : unit.stop] = rows
+            reach(self.path, partial(array.__setitem__, slice(unit.start, unit.stop), rows))
 
     def embeddings(self, video_id: str, view: str = PLAIN) -> npt.NDArray[np.float16]:
         """All embeddings of a video, (T, D); rows of frames without a usable crop are zero.
@@ -176,27 +179,33 @@ class FeatureStore:
 
     def remove_partial_files(self) -> None:
         """Remove what a killed run left of objects that it was writing. Not while another run writes into the store."""
-        for name, _ in files_below(self.path):
+        for name in files_below(self.path):
             if name.endswith(".partial"):
                 (self.path / name).unlink(missing_ok=True)
 
     def _make_array(
         self, view: str, video_id: str, shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...]
     ) -> None:
-        # A chunk of zeros must be written like any other: that it is there is what says 'done'.
-        options: Any = {"write_empty_chunks": True}
-        name = f"{view}/{video_id}"
-        with reached(self.path):
-            self._arrays_of(view)[video_id] = self._group.create_array(
-                name, shape=shape, dtype=dtype, chunks=chunks, compressors=None, config=options, overwrite=True
-            )
+        """Write the metadata that zarr would, and nothing else: zarr also writes those of the groups above, and relies
+        on a server that does not let it overwrite them."""
+        if not self._arrays_of(view):
+            self._write_metadata(f"{view}/zarr.json", GroupMetadata())
+        for name in files_below(self.path / view / video_id):  # chunks of another length
+            (self.path / view / video_id / name).unlink(missing_ok=True)
+        metadata = zarr.create_array(MemoryStore(), shape=shape, dtype=dtype, chunks=chunks, compressors=None).metadata
+        self._write_metadata(f"{view}/{video_id}/zarr.json", metadata)
+        place = self._group.store_path / view / video_id
+        self._arrays_of(view)[video_id] = zarr.Array(zarr.AsyncArray(metadata, place))
+
+    def _write_metadata(self, name: str, metadata: GroupMetadata | ArrayMetadata) -> None:
+        write_bytes(self.path / name, metadata.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes())
 
     def _arrays_of(self, view: str) -> dict[str, zarr.Array[Any]]:
         """A view's arrays by video, read all at once, since each one is a file, or a request."""
         if view not in self._arrays:
-            with reached(self.path):
-                group = self._group.get(view)
-                self._arrays[view] = dict(group.arrays()) if isinstance(group, zarr.Group) else {}
+            group = reach(self.path, lambda: self._group.get(view))
+            arrays = reach(self.path, lambda: list(group.arrays())) if isinstance(group, zarr.Group) else []
+            self._arrays[view] = dict(arrays)
         return self._arrays[view]
 
     def _array(self, view: str, video_id: str) -> zarr.Array[Any]:
@@ -211,18 +220,17 @@ class FeatureStore:
         """Rows of an array. From files zarrs reads them, which is faster; of S3 it would ask twice, in new connections
         each time."""
         array = self._array(view, video_id)
-        with reached(self.path):
-            if isinstance(self.path, Path):
-                with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
-                    array = zarr.Array(zarr.AsyncArray(array.metadata, array.store_path))
-            return array[rows]
+        if isinstance(self.path, Path):
+            with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+                array = zarr.Array(zarr.AsyncArray(array.metadata, array.store_path))
+        return reach(self.path, lambda: array[rows])
 
     def _object_bytes(self, video_ids: Sequence[str], view: str) -> dict[str, int]:
         """How many bytes the objects of a view have, by name: of all videos, or of one if only that is asked for."""
         folder = self.path / view
         if len(video_ids) == 1:
-            return {f"{video_ids[0]}/{name}": size for name, size in files_below(folder / video_ids[0])}
-        return dict(files_below(folder))
+            return {f"{video_ids[0]}/{name}": size for name, size in files_below(folder / video_ids[0]).items()}
+        return files_below(folder)
 
 
 def create_store(
@@ -235,7 +243,7 @@ def create_store(
     """
     path = location(path)
     if not (path / "zarr.json").is_file():
-        if any(not name.endswith(".partial") for name, _ in files_below(path)):
+        if any(not name.endswith(".partial") for name in files_below(path)):
             raise StoreError(f"{path} is not empty and is not a feature store. Give a new folder.")
         attributes = {
             "format": _FORMAT,
@@ -243,8 +251,7 @@ def create_store(
             "fingerprint": dict(fingerprint),
             "views": {PLAIN: {}},
         }
-        with reached(path):
-            zarr.create_group(_zarr_store(path), attributes=attributes)
+        reach(path, lambda: zarr.create_group(_zarr_store(path), attributes=attributes))
     store = open_store(path, read_only=False)
     if (IMPORTED in store.fingerprint) != (IMPORTED in fingerprint):
         found_by, wanted_by = ("import", "extract") if IMPORTED in store.fingerprint else ("extract", "import")
@@ -271,8 +278,12 @@ def open_store(path: str | Location, read_only: bool = True) -> FeatureStore:
     if not (path / "zarr.json").is_file():
         raise StoreError(f"There is no feature store at {path}. Make one with `vnaw extract`.")
     try:
-        with reached(path):
-            group = zarr.open_group(_zarr_store(path, read_only), mode="r" if read_only else "r+")
+        group = reach(
+            path,
+            lambda: zarr.open_group(
+                _zarr_store(path, read_only), mode="r" if read_only else "r+", zarr_format=3, use_consolidated=False
+            ),
+        )
         known = group.attrs.get("format")
     except StoreError:
         raise
