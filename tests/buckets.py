@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-Fault = Literal["500", "503", "403", "slow", "cut off", "hung up"]
+Fault = Literal["500", "503", "400", "403", "slow", "cut off", "hung up"]
 
 _SERVE = """
 from moto.server import ThreadedMotoServer
@@ -67,7 +67,7 @@ class FlakyProxy:
                     time.sleep(slow_seconds)
                 if kind in ("slow", "hung up"):
                     return
-                if kind in ("500", "503", "403"):
+                if kind is not None and kind.isdigit():
                     text = b"<Error><Code>AccessDenied</Code></Error>"
                     self.send_response(int(kind))
                     self.send_header("Content-Length", str(len(text)))

@@ -241,6 +241,8 @@ def test_access_denied_missing_buckets_and_credentials_are_named(
     refused(r"there is no such bucket\. Check its name and AWS_REGION", "s3://no-such-bucket/s")
     proxy(lambda *_: "403")
     refused(r"access is denied \(AccessDenied\)\. Check AWS_ACCESS_KEY_ID", s3 / "s")
+    proxy(lambda *_: "400")
+    refused(r"400 Bad Request.*Check AWS_REGION", s3 / "s")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")

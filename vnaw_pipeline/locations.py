@@ -68,19 +68,19 @@ class S3Path:
 
     def read_bytes(self) -> bytes:
         """The object. Raises FileNotFoundError if there is none."""
-        return reach(self, lambda: bytes(self.client("").get(self.key).bytes()))
+        return reach(self, lambda: bytes(_client(self.bucket).get(self.key).bytes()))
 
     def upload(self, file: Path) -> None:
         """Make the object from a local file, in parts if it is large; it is there when all of it is."""
-        reach(self, lambda: self.client("").put(self.key, file))
+        reach(self, lambda: _client(self.bucket).put(self.key, file))
 
     def unlink(self, missing_ok: bool = True) -> None:
         """Remove the object. S3 does not say whether it was there."""
-        reach(self, lambda: self.client("").delete(self.key))
+        reach(self, lambda: _client(self.bucket).delete(self.key))
 
-    def client(self, prefix: str | None = None) -> "S3Store":
-        """A client whose keys begin at this prefix; None: at this path."""
-        return _client(self.bucket, self.key if prefix is None else prefix)
+    def client(self) -> "S3Store":
+        """A client whose keys begin at this path."""
+        return _client(self.bucket, self.key)
 
 
 Location = Path | S3Path
@@ -106,8 +106,8 @@ def location(where: str | Location) -> Location:
 def files_below(folder: Location) -> dict[str, int]:
     """Every file below a folder, by its name from there, and its size in bytes; of a folder that is not there, none."""
     if isinstance(folder, S3Path):
-        listed = reach(folder, lambda: folder.client().list().collect())
-        return {found["path"]: found["size"] for found in listed}
+        listed = reach(folder, lambda: _client(folder.bucket).list(folder.key or None).collect())
+        return {found["path"].removeprefix(f"{folder.key}/"): found["size"] for found in listed}
     return dict(_files_below(folder, "")) if folder.exists() else {}
 
 
@@ -144,7 +144,7 @@ def reach(place: Location, act: Callable[[], Result]) -> Result:
                 time.sleep(wait)
                 wait = min(2 * wait, 10)
                 continue
-            again = f"{' '.join(text.split())[:400]}. What is written is whole; run the same command again to go on."
+            again = f"{_one_line(text)} What is written is whole; run the same command again to go on."
             raise StoreError(f"{place}: {reason or again}") from error
 
 
@@ -159,11 +159,17 @@ def _lasting_reason(text: str) -> str | None:
             f"access is denied ({code[1] or code[0]}). Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
             "AWS_SESSION_TOKEN, AWS_REGION, and what they allow in this bucket."
         )
+    if re.search(r"status code: (?!408|429)[34]|redirect", text):  # the request is wrong, and will be the next time
+        return f"{_one_line(text)} Check AWS_REGION, AWS_ENDPOINT_URL and AWS_SESSION_TOKEN."
     return None
 
 
+def _one_line(text: str) -> str:
+    return f"{' '.join(text.split())[:400]}."
+
+
 @lru_cache
-def _client(bucket: str, prefix: str) -> "S3Store":
+def _client(bucket: str, prefix: str = "") -> "S3Store":
     """Kept, since a client keeps its connections."""
     try:
         from obstore.store import S3Store
