@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from vnaw_pipeline.errors import StoreError
 from vnaw_pipeline.features.bank import open_bank
 from vnaw_pipeline.features.store import CHUNK_FRAMES, FeatureStore, create_store, open_store
-from vnaw_pipeline.locations import Location
+from vnaw_pipeline.locations import Location, files_below
 from vnaw_pipeline.provenance import write_bytes
 
 FINGERPRINT = {"encoder": "e", "weights": "w", "mean": [0.1, 0.2, 0.3]}
@@ -101,6 +101,16 @@ def test_bank_holds_the_videos_end_to_end_and_a_zero_row(place: Location) -> Non
     assert not bank.valid[bank.zero_row]
     with pytest.raises(StoreError, match="lacks 1 of 2 videos"):
         open_bank(store, ["a", "c"], shown=False)
+
+
+def test_what_kills_left_of_writes_is_swept(place: Location) -> None:
+    left = ["zarr.01ab.partial", "plain/.zarr.2_c.partial.json", "failures/.v.0.3d.partial.json"]
+    for name in left:
+        write_bytes(place / "s" / name, b"{")
+    store = create_store(place / "s", FINGERPRINT, 3)  # no store is there, but nothing else is
+    write_bytes(place / "s" / "failures" / "a.partial.video.0.json", b"[]")
+    store.remove_partial_files()
+    assert sorted(files_below(place / "s")) == ["failures/a.partial.video.0.json", "zarr.json"]
 
 
 def _write_for_ever(path: str) -> None:

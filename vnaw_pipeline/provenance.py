@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ def atomic_path(path: Location) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file is what a kill left of a write, by `atomic_path` or by zarr, which ends the name with .partial."""
+    last = name.rpartition("/")[2]
+    return last.endswith(".partial") or fnmatchcase(last, ".*.partial.*")
 
 
 def _umask() -> int:

@@ -23,7 +23,7 @@ from zarr.storage import LocalStore, MemoryStore, ObjectStore
 from vnaw_pipeline.errors import StoreError
 from vnaw_pipeline.features.views import PLAIN, Recipe
 from vnaw_pipeline.locations import Location, files_below, location, reach
-from vnaw_pipeline.provenance import differences, write_bytes
+from vnaw_pipeline.provenance import differences, is_partial, write_bytes
 
 CHUNK_FRAMES = 4096
 IMPORTED = "imported"
@@ -180,7 +180,7 @@ class FeatureStore:
     def remove_partial_files(self) -> None:
         """Remove what a killed run left of objects that it was writing. Not while another run writes into the store."""
         for name in files_below(self.path):
-            if name.endswith(".partial"):
+            if is_partial(name):
                 (self.path / name).unlink(missing_ok=True)
 
     def _make_array(
@@ -243,7 +243,7 @@ def create_store(
     """
     path = location(path)
     if not (path / "zarr.json").is_file():
-        if any(not name.endswith(".partial") for name in files_below(path)):
+        if not all(map(is_partial, files_below(path))):
             raise StoreError(f"{path} is not empty and is not a feature store. Give a new folder.")
         attributes = {
             "format": _FORMAT,
