@@ -106,6 +106,8 @@ def use_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Points the pipeline at an S3 server on this machine."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "anything")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
     def point_at(port: int) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
