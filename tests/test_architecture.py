@@ -14,6 +14,7 @@ PACKAGE = ROOT / "vnaw_pipeline"
 ORDER = [
     "errors",
     "tasks",
+    "locations",
     "provenance",
     "textlines",
     "config",
@@ -51,6 +52,7 @@ ONLY_IN = {
     "retinaface": {"crops/detect.py"},
     "timm": {"features/encoder.py"},
     "zarr": {"features/store.py"},
+    "obstore": {"locations.py"},
     "h5py": {"crops/source.py", "crops/sink.py", "layouts.py", "features/foreign.py"},
     "matplotlib": {"report/figures.py"},
 }

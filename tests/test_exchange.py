@@ -16,6 +16,7 @@ from vnaw_pipeline.features import store as store_module
 from vnaw_pipeline.features.exchange import export_features, import_features
 from vnaw_pipeline.features.foreign import Layout
 from vnaw_pipeline.features.store import FeatureStore, create_store, open_store
+from vnaw_pipeline.locations import Location
 from vnaw_pipeline.manifests import COLUMNS, write_manifest
 
 DIM = 5
@@ -64,22 +65,22 @@ def assert_holds_the_frames(store: FeatureStore) -> None:
             assert (embeddings[frame_index] == wanted).all(), (video_id, frame_index)
 
 
-def test_a_gap_in_the_numbers_is_a_frame_that_is_not_valid(tree: Path, tmp_path: Path) -> None:
-    report = import_features(manifest(**LENGTHS), tree, tmp_path / "s")
+def test_a_gap_in_the_numbers_is_a_frame_that_is_not_valid(tree: Path, place: Location) -> None:
+    report = import_features(manifest(**LENGTHS), tree, place / "s")
     assert (report.done, report.skipped, report.frames) == (5, 0, 31)
     assert report.notes == ["8 of 31 frames are valid"]
-    assert_holds_the_frames(open_store(tmp_path / "s"))
-    again = import_features(manifest(**LENGTHS), tree, tmp_path / "s")
+    assert_holds_the_frames(open_store(place / "s"))
+    again = import_features(manifest(**LENGTHS), tree, place / "s")
     assert (again.done, again.skipped, again.frames) == (0, 5, 0)
 
 
 @pytest.mark.parametrize("layout", ["tree", "hdf5"])
-def test_there_and_back_is_the_same(layout: Layout, tree: Path, tmp_path: Path) -> None:
-    import_features(manifest(**LENGTHS), tree, tmp_path / "s")
-    assert export_features(tmp_path / "s", tmp_path / "out", layout).done == 3
-    import_features(manifest(**LENGTHS), tmp_path / "out", tmp_path / "back")
-    assert_holds_the_frames(open_store(tmp_path / "back"))
-    first, back = (open_store(tmp_path / name).fingerprint for name in ("s", "back"))
+def test_there_and_back_is_the_same(layout: Layout, tree: Path, place: Location, tmp_path: Path) -> None:
+    import_features(manifest(**LENGTHS), tree, place / "s")
+    assert export_features(place / "s", tmp_path / "out", layout).done == 3
+    import_features(manifest(**LENGTHS), tmp_path / "out", place / "back")
+    assert_holds_the_frames(open_store(place / "back"))
+    first, back = (open_store(place / name).fingerprint for name in ("s", "back"))
     assert (first["digest"], first["imported"], back["imported"]) == (back["digest"], "tree", layout)
 
 
@@ -230,14 +231,14 @@ def test_a_store_keeps_to_what_it_was_made_from(tree: Path, tmp_path: Path) -> N
         import_features(manifest(**LENGTHS), tree, tmp_path / "extracted")
 
 
-def test_a_lost_chunk_is_imported_again(tree: Path, tmp_path: Path) -> None:
-    import_features(manifest(**LENGTHS), tree, tmp_path / "s")
-    (tmp_path / "s" / "plain" / "a" / "c" / "1" / "0").unlink()
+def test_a_lost_chunk_is_imported_again(tree: Path, place: Location) -> None:
+    import_features(manifest(**LENGTHS), tree, place / "s")
+    (place / "s" / "plain" / "a" / "c" / "1" / "0").unlink()
     with pytest.raises(StoreError, match="Run `vnaw import` "):
-        open_store(tmp_path / "s").embeddings("a")
-    report = import_features(manifest(**LENGTHS), tree, tmp_path / "s")
+        open_store(place / "s").embeddings("a")
+    report = import_features(manifest(**LENGTHS), tree, place / "s")
     assert (report.done, report.skipped, report.frames) == (1, 4, 8)
-    assert_holds_the_frames(open_store(tmp_path / "s"))
+    assert_holds_the_frames(open_store(place / "s"))
 
 
 def test_an_export_goes_on_and_is_never_a_mix(tree: Path, tmp_path: Path) -> None:

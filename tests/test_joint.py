@@ -57,7 +57,7 @@ class World:
             embeddings = self.embeddings(seed, num_frames)
             valid = np.arange(num_frames) % 9 != 4 if video_id != "t_no_face" else np.zeros(num_frames, np.bool_)
             store.add_video(video_id, num_frames)
-            (unit,) = store.missing_units(video_id)
+            (unit,) = store.missing_units([video_id])
             store.write_unit(unit, embeddings * valid[:, None], valid)
             for name, splits in ANNOTATED.items():
                 if video_id in splits:

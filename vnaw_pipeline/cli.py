@@ -29,7 +29,10 @@ app = typer.Typer(
 Manifest = Annotated[Path, typer.Option(help="Manifest of videos (CSV).", exists=True, dir_okay=False)]
 Annotations = Annotated[Path, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)]
 Crops = Annotated[Path, typer.Option(help="Folder that the manifest's crops lie under.", exists=True, file_okay=False)]
-Store = Annotated[Path, typer.Option(help="Feature store (a folder).")]
+Store = Annotated[str, typer.Option(help="Feature store: a folder, or s3://bucket/folder.")]
+Predictions = Annotated[
+    str | None, typer.Option(help="Folder of the run's tables, or s3://bucket/folder; without it, in the run folder.")
+]
 Run = Annotated[Path, typer.Option("--run-dir", help="Run folder.")]
 ConfigFile = Annotated[
     Path | None,
@@ -272,8 +275,9 @@ def predict(
     split: Annotated[Split, typer.Option(help="Split to predict.")] = "validation",
     overrides: Overrides = None,
     tuned: Tuned = False,
+    predictions: Predictions = None,
 ) -> None:
-    """Write one row per frame of every video of a split into the run folder."""
+    """Write one row per frame of every video of a split, into the run folder or elsewhere."""
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.prediction.predict import predict_videos
     from vnaw_pipeline.prediction.tables import open_predicted
@@ -282,7 +286,7 @@ def predict(
     config = load_config(RunFolder(run).config, overrides).predict if overrides else None
     if tuned:
         config = open_predicted(run).tuned(config)
-    _finish(predict_videos(manifest, store, run, split, config))
+    _finish(predict_videos(manifest, store, run, split, config, predictions))
 
 
 @app.command()
@@ -291,12 +295,13 @@ def tune(
     annotations: Annotations,
     run: Run,
     split: Annotated[Split, typer.Option(help="Split to tune on; validation only.")] = "validation",
+    predictions: Predictions = None,
 ) -> None:
     """Tune smoothing, class bias and thresholds on a run's validation predictions; `--tuned` then uses them."""
     from vnaw_pipeline.prediction.tune import tune_run
 
     _only_alone("tune")
-    _finish(tune_run(manifest, annotations, run, split))
+    _finish(tune_run(manifest, annotations, run, split, predictions))
 
 
 @app.command()
@@ -328,6 +333,7 @@ def evaluate(
     faces: Annotated[Path | None, typer.Option(help="Set of static faces to score the encoder on.")] = None,
     split: Annotated[Split, typer.Option(help="Split to score.")] = "validation",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.", dir_okay=False)] = None,
+    predictions: Predictions = None,
 ) -> None:
     """Score a run's predictions over every labelled frame (--manifest, --annotations, --run-dir), for each of its
     tasks, or an encoder's own head on static faces (--encoder, --faces)."""
@@ -342,7 +348,7 @@ def evaluate(
         raise ConfigError(
             "Give --manifest, --annotations and --run-dir to score a run, or --encoder and --faces to score an encoder."
         )
-    opened = open_predicted(run)
+    opened = open_predicted(run, predictions)
     found = {}
     for task in opened.tasks:
         scores = evaluate_predictions(
@@ -412,6 +418,7 @@ def submit(
     template: Annotated[Path, typer.Option(help="The challenge's template.", exists=True, dir_okay=False)],
     out: Annotated[Path, typer.Option(help="Submission to write.", dir_okay=False)],
     split: Annotated[Split, typer.Option(help="Split that was predicted.")] = "test",
+    predictions: Predictions = None,
 ) -> None:
     """Write a challenge submission for the template's task: every line of it answered, in its order."""
     from vnaw_pipeline.prediction.predict import read_predictions
@@ -419,7 +426,7 @@ def submit(
     from vnaw_pipeline.prediction.tables import open_predicted
     from vnaw_pipeline.template import template_task
 
-    opened = open_predicted(run)
+    opened = open_predicted(run, predictions)
     task = template_task(template, opened.tasks)
     table = read_predictions(opened.folder.predictions(split), task)
     lines = write_submission(table, template, out, task)

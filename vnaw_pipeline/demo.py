@@ -25,6 +25,7 @@ from vnaw_pipeline.features.extract import extract_features
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.inference.inputs import read_image
 from vnaw_pipeline.inference.run import infer_videos
+from vnaw_pipeline.locations import Location
 from vnaw_pipeline.manifests import build_manifest, read_labels, write_manifest
 from vnaw_pipeline.metrics import ExpressionScores
 from vnaw_pipeline.prediction.evaluate import evaluate_predictions, scores_as_json
@@ -86,7 +87,7 @@ def run_demo(work_dir: Path, config: PipelineConfig, say: Callable[[str], None])
 
     train, validation = (_bank_of_split(manifest, store_path, split) for split in ("train", "validation"))
     labels = _given_labels(manifest, annotations, train)
-    tables = {
+    tables: dict[str, Location] = {
         "majority class": _majority_table(labels, validation, work_dir),
         "per-frame linear probe": _probe_table(train, labels, validation, work_dir),
     }
@@ -199,7 +200,7 @@ def _draw(
     manifest: pd.DataFrame,
     annotations: Path,
     truth: Path,
-    predictions: Path,
+    predictions: Location,
     scores: dict[str, ExpressionScores],
 ) -> None:
     """Confusion against given labels and truth, and the time line of the validation video with most expressions."""

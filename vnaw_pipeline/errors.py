@@ -14,7 +14,7 @@ class DataError(PipelineError, ValueError):
 
 
 class StoreError(PipelineError, ValueError):
-    """A feature store is missing, incomplete, or was made in another way than this run needs."""
+    """A feature store is missing, incomplete, or was made in another way than this run needs; or S3 cannot be used."""
 
 
 class CheckpointError(PipelineError, ValueError):

@@ -19,6 +19,7 @@ from vnaw_pipeline.config import MaskingConfig, PipelineConfig
 from vnaw_pipeline.errors import ConfigError, DataError
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.features.views import PLAIN
+from vnaw_pipeline.locations import Location
 from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.prediction.combine import How, combine_runs
 from vnaw_pipeline.prediction.evaluate import evaluate_predictions, scores_as_json
@@ -42,7 +43,7 @@ class Variant:
 
 
 def cross_validate(
-    manifest: Path | pd.DataFrame, annotations_dir: Path, store_path: Path, out: Path, config: PipelineConfig
+    manifest: Path | pd.DataFrame, annotations_dir: Path, store_path: str | Location, out: Path, config: PipelineConfig
 ) -> StageReport:
     """Train, predict and score the official split and every fold of the manifest, as in Table 1 of V-NAW.
 
@@ -56,7 +57,7 @@ def cross_validate(
 def ablate(
     manifest: Path | pd.DataFrame,
     annotations_dir: Path,
-    store_path: Path,
+    store_path: str | Location,
     out: Path,
     config: PipelineConfig,
     seeds: Sequence[int],
@@ -71,7 +72,7 @@ def ablate(
 
 
 def cascade(
-    manifest: Path | pd.DataFrame, annotations_dir: Path, store_path: Path, out: Path, config: PipelineConfig
+    manifest: Path | pd.DataFrame, annotations_dir: Path, store_path: str | Location, out: Path, config: PipelineConfig
 ) -> StageReport:
     """Train and score CFC-SP's two models, one for each label space, and their hard and soft cascade into expr8.
 
@@ -149,7 +150,7 @@ def run_experiment(
     variants: Sequence[Variant],
     videos: pd.DataFrame,
     annotations_dir: Path,
-    store_path: Path,
+    store_path: str | Location,
     out: Path,
 ) -> StageReport:
     """Run the variants that have no scores yet, then write the table of all; the report's notes are the table."""
@@ -162,7 +163,7 @@ def run_variants(
     variants: Sequence[Variant],
     videos: pd.DataFrame,
     annotations_dir: Path,
-    store_path: Path,
+    store_path: str | Location,
     out: Path,
 ) -> tuple[StageReport, dict[str, dict[str, Any]]]:
     """Run the variants that have no scores yet; the scores of all, by name."""
@@ -202,7 +203,7 @@ def _write_table(report: StageReport, table: dict[str, Any], out: Path) -> Stage
 
 
 def _run(
-    variant: Variant, videos: pd.DataFrame, annotations_dir: Path, store_path: Path, run: RunFolder
+    variant: Variant, videos: pd.DataFrame, annotations_dir: Path, store_path: str | Location, run: RunFolder
 ) -> dict[str, Any]:
     train_windows(videos, annotations_dir, store_path, run.path, variant.config, fold=variant.fold)
     predict_videos(videos, store_path, run.path, "validation")

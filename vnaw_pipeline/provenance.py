@@ -8,19 +8,29 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from vnaw_pipeline.locations import Location, S3Path
 
 _RECORDED_PACKAGES = ("vnaw-pipeline", "torch", "timm", "accelerate", "zarr", "numpy")
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Location) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it onto `path` if the block ends well, delete it otherwise.
 
-    The suffix is kept, since writers such as matplotlib choose the format by it.
+    The suffix is kept, since writers such as matplotlib choose the format by it. What goes to S3 lies in the system's
+    folder for temporary files until it is uploaded.
     """
+    if isinstance(path, S3Path):
+        with tempfile.TemporaryDirectory() as folder:
+            partial = Path(folder) / path.key.rpartition("/")[2]
+            yield partial
+            path.upload(partial)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
     os.close(handle)
@@ -29,8 +39,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o666 & ~_umask())
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file is what a kill left of a write, by `atomic_path` or by zarr, which ends the name with .partial."""
+    last = name.rpartition("/")[2]
+    return last.endswith(".partial") or fnmatchcase(last, ".*.partial.*")
 
 
 def _umask() -> int:
@@ -39,18 +58,18 @@ def _umask() -> int:
     return mask
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Location, content: bytes) -> None:
     """Write a file whole: a reader or a kill sees the old content or the new, never a part."""
     with atomic_path(path) as partial:
         partial.write_bytes(content)
 
 
-def write_text(path: Path, content: str) -> None:
+def write_text(path: Location, content: str) -> None:
     """`write_bytes` in UTF-8 with plain newlines on every system."""
     write_bytes(path, content.encode())
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Location, content: Any) -> None:
     """Write JSON, indented, with a final newline."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 

@@ -15,6 +15,7 @@ from vnaw_pipeline.config import PipelineConfig, dump_config, load_config
 from vnaw_pipeline.errors import CheckpointError
 from vnaw_pipeline.features.store import FeatureStore
 from vnaw_pipeline.folds import fold_split
+from vnaw_pipeline.locations import Location, location
 from vnaw_pipeline.provenance import differences, environment, utc_now, write_json, write_text
 from vnaw_pipeline.tasks import TASKS, Task
 from vnaw_pipeline.temporal import TemporalModel
@@ -22,9 +23,10 @@ from vnaw_pipeline.temporal import TemporalModel
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where the parts of a run lie."""
+    """Where the parts of a run lie. `tables` are its predictions; None: in the folder itself."""
 
     path: Path
+    tables: Location | None = None
 
     @property
     def config(self) -> Path:
@@ -51,13 +53,13 @@ class RunFolder:
         """One JSON line per epoch."""
         return self.path / "metrics.jsonl"
 
-    def predictions(self, split: str) -> Path:
+    def predictions(self, split: str) -> Location:
         """Per-frame table of a split, gaps filled and smoothed; what every consumer reads."""
-        return self.path / "predictions" / f"{split}.parquet"
+        return (self.tables or self.path / "predictions") / f"{split}.parquet"
 
-    def raw_predictions(self, split: str) -> Path:
+    def raw_predictions(self, split: str) -> Location:
         """The same as the model gave it."""
-        return self.path / "predictions" / f"{split}_raw.parquet"
+        return (self.tables or self.path / "predictions") / f"{split}_raw.parquet"
 
     def begin(self, config: PipelineConfig, sections: set[str], overwrite: bool) -> None:
         """Make the folder, or go on with one whose config is the same in the `sections` that the stage reads.
@@ -139,13 +141,18 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def open_run(path: str | Path) -> Run:
-    """Open a run folder's best model.
+def run_folder(path: str | Path, predictions: str | Location | None = None) -> RunFolder:
+    """A run folder whose tables lie in `predictions`; None: in the folder itself."""
+    return RunFolder(Path(path), None if predictions is None else location(predictions))
+
+
+def open_run(path: str | Path, predictions: str | Location | None = None) -> Run:
+    """Open a run folder's best model; its tables lie in `predictions` if not in the run folder.
 
     Raises:
         CheckpointError: no checkpoint there, or one that is damaged or does not belong to the folder's config.
     """
-    folder = RunFolder(Path(path))
+    folder = run_folder(path, predictions)
     if folder.composite.is_file():
         raise CheckpointError(
             f"{folder.path} is a composed run, which has no model of its own. Predict with each of its members, then "

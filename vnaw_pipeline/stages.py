@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from vnaw_pipeline.locations import Location
 from vnaw_pipeline.provenance import write_text
 
 
@@ -55,7 +55,7 @@ class StageReport:
     seconds: float = 0.0
     failures: list[Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    status_path: Path | None = None
+    status_path: Location | None = None
 
     @property
     def ok(self) -> bool:
@@ -76,7 +76,7 @@ class StageReport:
         parts.append(f"{minutes:.0f} min {seconds:02.0f} s")
         return ", ".join(parts)
 
-    def write_status(self, path: Path) -> None:
+    def write_status(self, path: Location) -> None:
         """Write the failures as `status.csv` (video_id, frame_index, reason); with none, an empty table."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")

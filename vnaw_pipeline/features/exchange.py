@@ -22,6 +22,7 @@ from vnaw_pipeline.features.foreign import (
     write_foreign_video,
 )
 from vnaw_pipeline.features.store import IMPORTED, FeatureStore, create_store, open_store
+from vnaw_pipeline.locations import Location
 from vnaw_pipeline.manifests import read_manifest
 from vnaw_pipeline.provenance import differences, digest_bytes, environment, utc_now, write_json
 from vnaw_pipeline.stages import StageReport, progress_bar
@@ -31,7 +32,7 @@ _READERS = 16
 _RECORD_NAME = "features.json"
 
 
-def import_features(manifest: Path | pd.DataFrame, features_dir: Path, store_path: Path) -> StageReport:
+def import_features(manifest: Path | pd.DataFrame, features_dir: Path, store_path: str | Location) -> StageReport:
     """Take over the embeddings of every video of the manifest into a feature store.
 
     The store's fingerprint says that they are imported, from a folder of which layout and name, and a digest over the
@@ -54,7 +55,7 @@ def import_features(manifest: Path | pd.DataFrame, features_dir: Path, store_pat
     store.remove_partial_files()
     for video_id, count in num_frames.items():
         store.add_video(video_id, count)
-    units = [unit for video_id in foreign for unit in store.missing_units(video_id)]
+    units = store.missing_units(list(foreign))
     total = sum(len(store.units(video_id)) for video_id in foreign)
     frames = sum(unit.stop - unit.start for unit in units)
     done, num_valid, problems = 0, 0, []
@@ -73,7 +74,7 @@ def import_features(manifest: Path | pd.DataFrame, features_dir: Path, store_pat
         raise DataError(
             f"{listing(problems)}\n{done} of {len(units)} chunks are written. Mend these files and run again."
         )
-    write_json(store_path / "record.json", {"written": utc_now(), "environment": environment()})
+    write_json(store.path / "record.json", {"written": utc_now(), "environment": environment()})
     return StageReport(
         "import",
         units="chunks",
@@ -86,7 +87,7 @@ def import_features(manifest: Path | pd.DataFrame, features_dir: Path, store_pat
 
 
 def export_features(
-    store_path: Path, out_dir: Path, layout: Layout = "tree", manifest: Path | pd.DataFrame | None = None
+    store_path: str | Location, out_dir: Path, layout: Layout = "tree", manifest: Path | pd.DataFrame | None = None
 ) -> StageReport:
     """Write the plain embeddings of a store, or of the manifest's videos in it, as files that `import_features` reads.
 

@@ -7,6 +7,7 @@ were made when.
 
 import json
 import time
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,26 +19,30 @@ from vnaw_pipeline.features.encoder import load_encoder, resolve_precision
 from vnaw_pipeline.features.store import FeatureStore, Unit, create_store
 from vnaw_pipeline.features.views import PLAIN, view_recipes
 from vnaw_pipeline.layouts import crop_set_name
+from vnaw_pipeline.locations import Location, files_below
 from vnaw_pipeline.manifests import read_manifest
 from vnaw_pipeline.processes import gather_all, process_state
 from vnaw_pipeline.provenance import environment, utc_now, write_json, write_text
 from vnaw_pipeline.stages import Failure, StageReport, progress_bar
 
+_FAILURES = "failures"
+"""Folder of what could not be read, a file a chunk."""
+
 
 def extract_features(
     manifest: Path | pd.DataFrame,
     crops_root: Path,
-    store_path: Path,
+    store_path: str | Location,
     config: PipelineConfig,
     *,
     allow_pickle: bool = False,
 ) -> StageReport:
-    """Encode every frame of every video of the manifest, once, into the feature store.
+    """Encode every frame of every video of the manifest, once, into the feature store, a folder or `s3://...`.
 
     Under several processes each takes its share of the missing chunks; all return the report of the whole.
 
     Raises:
-        StoreError: the store belongs to other crops, weights or settings, or a view in it does.
+        StoreError: the store belongs to other crops, weights or settings, or a view in it does; S3 fails for good.
         ConfigError, CheckpointError: the encoder cannot be built or its weights not be read.
     """
     started = time.monotonic()
@@ -57,11 +62,11 @@ def extract_features(
         store.remove_partial_files()
         for video_id, num_frames in zip(videos.video_id, videos.num_frames, strict=True):
             store.add_video(video_id, num_frames, views)
-        write_text(store_path / "config.yaml", dump_config(config))
+        write_text(store.path / "config.yaml", dump_config(config))
     state.wait_for_everyone()
     store = create_store(store_path, fingerprint, encoder.embedding_dim, recipes)
     crops_of = dict(zip(videos.video_id, videos.crops, strict=True))
-    chunks = [chunk for video_id in crops_of for chunk in _chunks_to_do(store, video_id, views)]
+    chunks = _chunks_to_do(store, list(crops_of), views)
     total = sum(len(store.units(video_id)) for video_id in crops_of) * len(views)
     state.wait_for_everyone()  # no process writes before all have seen what is missing
 
@@ -78,7 +83,8 @@ def extract_features(
             bar.advance(result.chunk.stop - result.chunk.start)
 
     frames = sum(gather_all([frames]))  # after this, every process has written its chunks
-    failures_of = [(chunk, _recorded_failures(store, chunk)) for chunk in chunks]
+    failed = files_below(store.path / _FAILURES)
+    failures_of = [(chunk, _recorded_failures(store, chunk, failed)) for chunk in chunks]
     asked = sum(view in views for chunk in chunks for view in chunk.recipes)
     report = StageReport(
         "extract",
@@ -88,12 +94,12 @@ def extract_features(
         frames=frames,
         seconds=time.monotonic() - started,
         failures=[failure for _, failures in failures_of for failure in failures],
-        status_path=store_path / "status.csv",
+        status_path=store.path / "status.csv",
     )
     if state.is_main_process:
-        report.write_status(store_path / "status.csv")
+        report.write_status(store.path / "status.csv")
         made = {"written": utc_now(), "environment": environment(), "device": str(state.device), "seed": config.seed}
-        write_json(store_path / "record.json", made)
+        write_json(store.path / "record.json", made)
     return report
 
 
@@ -113,19 +119,21 @@ def _cost(chunk: Chunk) -> int:
     return (chunk.stop - chunk.start) * len(chunk.recipes)
 
 
-def _chunks_to_do(store: FeatureStore, video_id: str, views: tuple[str, ...]) -> list[Chunk]:
+def _chunks_to_do(store: FeatureStore, video_ids: list[str], views: tuple[str, ...]) -> list[Chunk]:
     """Chunks of which views are missing, and those with crops that could not be read the last time.
 
     Which frames are valid is decided with the plain view. So where that one has to be made, every view that the store
     has of the chunk is made again: the crops may be others by now.
     """
-    held = [view for view in store.views if store.has_video(video_id, view)]
-    missing = {view: {unit.start for unit in store.missing_units(video_id, view)} for view in held}
+    held = {view: [video_id for video_id in video_ids if store.has_video(video_id, view)] for view in store.views}
+    missing = {view: set(store.missing_units(held[view], view)) for view in held}
+    failed = files_below(store.path / _FAILURES)
     chunks = []
-    for unit in store.units(video_id):
-        chunk = Chunk(video_id, unit.start, unit.stop, {})
-        made = [view for view in held if unit.start not in missing[view]]
-        afresh = PLAIN not in made or _failures_path(store, chunk).is_file()
+    for unit in (unit for video_id in video_ids for unit in store.units(video_id)):
+        chunk = Chunk(unit.video_id, unit.start, unit.stop, {})
+        in_views = [replace(unit, view=view) for view in held if store.has_video(unit.video_id, view)]
+        made = [in_view.view for in_view in in_views if in_view not in missing[in_view.view]]
+        afresh = PLAIN not in made or _failures_name(chunk) in failed
         to_make = dict.fromkeys([*views, *made]) if afresh else [view for view in views if view not in made]
         if to_make:
             recipes = {view: store.views[view] for view in to_make}
@@ -133,17 +141,16 @@ def _chunks_to_do(store: FeatureStore, video_id: str, views: tuple[str, ...]) ->
     return chunks
 
 
-def _failures_path(store: FeatureStore, chunk: Chunk) -> Path:
+def _failures_name(chunk: Chunk) -> str:
     """Failures of views that are added stand apart: they are no reason to make the plain view again."""
     added = "" if chunk.known_valid is None else ".added"
-    return store.path / "failures" / f"{chunk.video_id}.{chunk.start}{added}.json"
+    return f"{chunk.video_id}.{chunk.start}{added}.json"
 
 
-def _recorded_failures(store: FeatureStore, chunk: Chunk) -> list[Failure]:
-    path = _failures_path(store, chunk)
-    if not path.is_file():
-        return []
-    return [Failure(chunk.video_id, frame_index, reason) for frame_index, reason in json.loads(path.read_text())]
+def _recorded_failures(store: FeatureStore, chunk: Chunk, failed: Container[str]) -> list[Failure]:
+    name = _failures_name(chunk)
+    rows = json.loads((store.path / _FAILURES / name).read_bytes()) if name in failed else []
+    return [Failure(chunk.video_id, frame_index, reason) for frame_index, reason in rows]
 
 
 def _is_done(chunk: Chunk, failures: list[Failure]) -> bool:
@@ -155,7 +162,7 @@ def _keep(store: FeatureStore, result: EncodedChunk) -> None:
     """Write a chunk. Its failures go first, so that a kill in between cannot lose them, and the plain view last, so
     that after one all are made again."""
     chunk = result.chunk
-    path = _failures_path(store, chunk)
+    path = store.path / _FAILURES / _failures_name(chunk)
     if result.failures:
         write_json(path, [(failure.frame_index, failure.reason) for failure in result.failures])
         if chunk.known_valid is not None:

@@ -1,4 +1,4 @@
-"""The feature store: embeddings of every frame of every video, made once, in Zarr v3.
+"""The feature store: embeddings of every frame of every video, made once, in Zarr v3, in a folder or on S3.
 
 Layout: `<store>/<view>/<video_id>` float16 (T, D) and `<store>/valid/<video_id>` bool (T,), uncompressed, in chunks of
 up to 4096 frames. The root's attributes hold the fingerprint of what made the plain embeddings, and for each view the
@@ -8,18 +8,22 @@ it is written whole, `valid` first, by one process; it is done if and only if it
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.core.sync import sync
-from zarr.storage import LocalStore
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.group import GroupMetadata
+from zarr.core.metadata import ArrayMetadata
+from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
 from vnaw_pipeline.errors import StoreError
 from vnaw_pipeline.features.views import PLAIN, Recipe
-from vnaw_pipeline.provenance import differences
+from vnaw_pipeline.locations import Location, files_below, location, reach
+from vnaw_pipeline.provenance import differences, is_partial, write_bytes
 
 CHUNK_FRAMES = 4096
 IMPORTED = "imported"
@@ -39,11 +43,15 @@ class Unit:
 
 
 class FeatureStore:
-    """An open store. Use `open_store` to read one and `create_store` to make one or go on with one."""
+    """An open store. Use `open_store` to read one and `create_store` to make one or go on with one.
 
-    def __init__(self, path: Path, group: zarr.Group) -> None:
+    It knows the videos that a view had when it was first asked for, and those added through it since.
+    """
+
+    def __init__(self, path: Location, group: zarr.Group) -> None:
         self.path = path
         self._group = group
+        self._arrays: dict[str, dict[str, zarr.Array[Any]]] = {}
         attributes: dict[str, Any] = group.attrs.asdict()
         self.fingerprint: dict[str, Any] = attributes["fingerprint"]
         self.embedding_dim: int = attributes["embedding_dim"]
@@ -63,7 +71,7 @@ class FeatureStore:
                 )
         if views.keys() - self.views.keys():
             self.views = {**self.views, **views}
-            self._group.attrs["views"] = self.views
+            reach(self.path, lambda: self._group.update_attributes({"views": self.views}))
 
     def add_video(self, video_id: str, num_frames: int, views: Sequence[str] = (PLAIN,)) -> None:
         """Make room for a video. Doing it again is allowed; with another number of frames it is an error."""
@@ -76,14 +84,14 @@ class FeatureStore:
                 f"Remove {folders} to make it again."
             )
         if PLAIN not in held:
-            self._make_array(f"{_VALID}/{video_id}", (num_frames,), "bool", (rows,))
+            self._make_array(_VALID, video_id, (num_frames,), "bool", (rows,))
         for view in views:
             if view not in held:
-                self._make_array(f"{view}/{video_id}", (num_frames, dim), "float16", (rows, dim))
+                self._make_array(view, video_id, (num_frames, dim), "float16", (rows, dim))
 
     def has_video(self, video_id: str, view: str = PLAIN) -> bool:
         """Whether the video has its place in the store (its embeddings may still be missing)."""
-        return f"{view}/{video_id}" in self._group
+        return video_id in self._arrays_of(view)
 
     def num_frames(self, video_id: str, view: str = PLAIN) -> int:
         """Frames of a video in the store."""
@@ -95,22 +103,28 @@ class FeatureStore:
         starts = range(0, array.shape[0], array.chunks[0])
         return [Unit(video_id, start, min(start + array.chunks[0], array.shape[0]), view) for start in starts]
 
-    def missing_units(self, video_id: str, view: str = PLAIN) -> list[Unit]:
-        """The chunks of a view of a video that are not there, or not there in full (a copy that was cut off)."""
-        array = self._array(view, video_id)
-        rows = array.chunks[0]
-        chunk_bytes = rows * self.embedding_dim * array.dtype.itemsize  # the last chunk is stored padded
-        return [
-            unit
-            for unit in self.units(video_id, view)
-            if self._object_bytes(f"{array.path}/c/{unit.start // rows}/0") != chunk_bytes
-        ]
+    def missing_units(self, video_ids: Sequence[str], view: str = PLAIN) -> list[Unit]:
+        """The chunks of a view of videos that are not there, or not there in full (a copy that was cut off).
+
+        The store is listed once, and not asked chunk by chunk.
+        """
+        size_of = self._object_bytes(video_ids, view)
+        missing = []
+        for video_id in video_ids:
+            array = self._array(view, video_id)
+            rows = array.chunks[0]
+            chunk_bytes = rows * self.embedding_dim * array.dtype.itemsize  # the last chunk is stored padded
+            for unit in self.units(video_id, view):
+                if size_of.get(f"{video_id}/c/{unit.start // rows}/0") != chunk_bytes:
+                    missing.append(unit)
+        return missing
 
     def write_unit(self, unit: Unit, embeddings: npt.NDArray[np.float16], valid: npt.NDArray[np.bool_]) -> None:
-        """Write one chunk: embeddings (stop - start, D), valid (stop - start,). Each object is renamed into place."""
+        """Write one chunk: embeddings (stop - start, D), valid (stop - start,). Each object is there whole or not."""
         for view, rows in ((_VALID, valid), (unit.view, embeddings)):
+            # A chunk of zeros must be written like any other: that it is there is what says 'done'.
             array = self._array(view, unit.video_id).with_config({"write_empty_chunks": True})
-            array[unit.start : unit.stop] = rows
+            reach(self.path, partial(array.__setitem__, slice(unit.start, unit.stop), rows))
 
     def embeddings(self, video_id: str, view: str = PLAIN) -> npt.NDArray[np.float16]:
         """All embeddings of a video, (T, D); rows of frames without a usable crop are zero.
@@ -119,16 +133,16 @@ class FeatureStore:
             StoreError: the video is not in the store, or not complete.
         """
         self.require([video_id], [view])
-        return np.asarray(self._array(view, video_id)[:])
+        return np.asarray(self._rows(view, video_id, slice(None)))
 
     def valid(self, video_id: str) -> npt.NDArray[np.bool_]:
         """Which frames of a video have an embedding, (T,); in all its views."""
         self.require([video_id])
-        return np.asarray(self._array(_VALID, video_id)[:])
+        return np.asarray(self._rows(_VALID, video_id, slice(None)))
 
     def valid_in(self, unit: Unit) -> npt.NDArray[np.bool_]:
         """Which frames of a chunk that is there have an embedding, (stop - start,)."""
-        return np.asarray(self._array(_VALID, unit.video_id)[unit.start : unit.stop])
+        return np.asarray(self._rows(_VALID, unit.video_id, slice(unit.start, unit.stop)))
 
     def read_into(
         self,
@@ -138,9 +152,8 @@ class FeatureStore:
         view: str = PLAIN,
     ) -> None:
         """Read a video into rows of larger arrays: embeddings (T, D), valid (T,). The view must be complete."""
-        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
-            embeddings[:] = self._array(view, video_id)[:]
-            valid[:] = self._array(_VALID, video_id)[:]
+        embeddings[:] = self._rows(view, video_id, slice(None))
+        valid[:] = self._rows(_VALID, video_id, slice(None))
 
     def require(self, video_ids: Sequence[str], views: Iterable[str] = (PLAIN,)) -> None:
         """Raise StoreError unless every one of the videos is there in full, in every one of the views."""
@@ -150,7 +163,9 @@ class FeatureStore:
                     f"{self.path} has no view '{view}', only {', '.join(self.views)}. Add it to extract.views and run "
                     "`vnaw extract` again, which keeps what is there; imported features have no other views."
                 )
-            missing = [v for v in video_ids if not self.has_video(v, view) or self.missing_units(v, view)]
+            there = [video_id for video_id in video_ids if self.has_video(video_id, view)]
+            whole = set(there) - {unit.video_id for unit in self.missing_units(there, view)}
+            missing = [video_id for video_id in video_ids if video_id not in whole]
             if missing:
                 raise StoreError(
                     f"{self.path} lacks {len(missing)} of {len(video_ids)} videos in view '{view}', or parts of them: "
@@ -160,56 +175,83 @@ class FeatureStore:
 
     def video_ids(self) -> list[str]:
         """All videos that have a place in the store, sorted."""
-        group = self._group.get(PLAIN)
-        return sorted(group.array_keys()) if isinstance(group, zarr.Group) else []
+        return sorted(self._arrays_of(PLAIN))
 
     def remove_partial_files(self) -> None:
         """Remove what a killed run left of objects that it was writing. Not while another run writes into the store."""
-        for partial in self.path.rglob("*.partial"):
-            partial.unlink(missing_ok=True)
+        for name in files_below(self.path):
+            if is_partial(name):
+                (self.path / name).unlink(missing_ok=True)
 
-    def _make_array(self, name: str, shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...]) -> None:
-        # A chunk of zeros must be written like any other: that it is there is what says 'done'.
-        options: Any = {"write_empty_chunks": True}
-        self._group.create_array(
-            name, shape=shape, dtype=dtype, chunks=chunks, compressors=None, config=options, overwrite=True
-        )
+    def _make_array(
+        self, view: str, video_id: str, shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...]
+    ) -> None:
+        """Write the metadata that zarr would, and nothing else: zarr also writes those of the groups above, and relies
+        on a server that does not let it overwrite them."""
+        if not self._arrays_of(view):
+            self._write_metadata(f"{view}/zarr.json", GroupMetadata())
+        for name in files_below(self.path / view / video_id):  # chunks of another length
+            (self.path / view / video_id / name).unlink(missing_ok=True)
+        metadata = zarr.create_array(MemoryStore(), shape=shape, dtype=dtype, chunks=chunks, compressors=None).metadata
+        self._write_metadata(f"{view}/{video_id}/zarr.json", metadata)
+        place = self._group.store_path / view / video_id
+        self._arrays_of(view)[video_id] = zarr.Array(zarr.AsyncArray(metadata, place))
+
+    def _write_metadata(self, name: str, metadata: GroupMetadata | ArrayMetadata) -> None:
+        write_bytes(self.path / name, metadata.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes())
+
+    def _arrays_of(self, view: str) -> dict[str, zarr.Array[Any]]:
+        """A view's arrays by video, read all at once, since each one is a file, or a request."""
+        if view not in self._arrays:
+            group = reach(self.path, lambda: self._group.get(view))
+            arrays = reach(self.path, lambda: list(group.arrays())) if isinstance(group, zarr.Group) else []
+            self._arrays[view] = dict(arrays)
+        return self._arrays[view]
 
     def _array(self, view: str, video_id: str) -> zarr.Array[Any]:
-        array = self._group.get(f"{view}/{video_id}")
-        if not isinstance(array, zarr.Array):
+        array = self._arrays_of(view).get(video_id)
+        if array is None:
             raise StoreError(
                 f"{self.path} has no video '{video_id}' in '{view}'. Run `vnaw extract` with a manifest that names it."
             )
         return array
 
-    def _object_bytes(self, key: str) -> int | None:
-        try:
-            return sync(self._group.store.getsize(key))
-        except FileNotFoundError:
-            return None
+    def _rows(self, view: str, video_id: str, rows: slice) -> Any:
+        """Rows of an array. From files zarrs reads them, which is faster; of S3 it would ask twice, in new connections
+        each time."""
+        array = self._array(view, video_id)
+        if isinstance(self.path, Path):
+            with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+                array = zarr.Array(zarr.AsyncArray(array.metadata, array.store_path))
+        return reach(self.path, lambda: array[rows])
+
+    def _object_bytes(self, video_ids: Sequence[str], view: str) -> dict[str, int]:
+        """How many bytes the objects of a view have, by name: of all videos, or of one if only that is asked for."""
+        folder = self.path / view
+        if len(video_ids) == 1:
+            return {f"{video_ids[0]}/{name}": size for name, size in files_below(folder / video_ids[0]).items()}
+        return files_below(folder)
 
 
 def create_store(
-    path: Path, fingerprint: Mapping[str, Any], embedding_dim: int, views: Mapping[str, Recipe] | None = None
+    path: str | Location, fingerprint: Mapping[str, Any], embedding_dim: int, views: Mapping[str, Recipe] | None = None
 ) -> FeatureStore:
     """Open the store at `path` to write these views into it (None: plain); make it if nothing is there.
 
     Raises:
         StoreError: `path` is something else, or a store with another fingerprint or recipe (it says what differs).
     """
-    found = [entry for entry in path.iterdir() if entry.suffix != ".partial"] if path.exists() else []
-    if found and not (path / "zarr.json").exists():
-        raise StoreError(f"{path} is not empty and is not a feature store. Give a new folder.")
-    if not (path / "zarr.json").exists():
+    path = location(path)
+    if not (path / "zarr.json").is_file():
+        if not all(map(is_partial, files_below(path))):
+            raise StoreError(f"{path} is not empty and is not a feature store. Give a new folder.")
         attributes = {
             "format": _FORMAT,
             "embedding_dim": embedding_dim,
             "fingerprint": dict(fingerprint),
             "views": {PLAIN: {}},
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        zarr.create_group(LocalStore(path), attributes=attributes)
+        reach(path, lambda: zarr.create_group(_zarr_store(path), attributes=attributes))
     store = open_store(path, read_only=False)
     if (IMPORTED in store.fingerprint) != (IMPORTED in fingerprint):
         found_by, wanted_by = ("import", "extract") if IMPORTED in store.fingerprint else ("extract", "import")
@@ -226,18 +268,25 @@ def create_store(
     return store
 
 
-def open_store(path: str | Path, read_only: bool = True) -> FeatureStore:
-    """Open a feature store.
+def open_store(path: str | Location, read_only: bool = True) -> FeatureStore:
+    """Open a feature store: a folder, or `s3://bucket/folder`.
 
     Raises:
-        StoreError: nothing there, or not a feature store.
+        StoreError: nothing there, or not a feature store; a bucket that cannot be read.
     """
-    path = Path(path)
+    path = location(path)
     if not (path / "zarr.json").is_file():
         raise StoreError(f"There is no feature store at {path}. Make one with `vnaw extract`.")
     try:
-        group = zarr.open_group(LocalStore(path, read_only=read_only), mode="r" if read_only else "r+")
+        group = reach(
+            path,
+            lambda: zarr.open_group(
+                _zarr_store(path, read_only), mode="r" if read_only else "r+", zarr_format=3, use_consolidated=False
+            ),
+        )
         known = group.attrs.get("format")
+    except StoreError:
+        raise
     except Exception as error:
         raise StoreError(f"{path} cannot be opened as a Zarr group: {error}") from error
     if known != _FORMAT:
@@ -246,3 +295,9 @@ def open_store(path: str | Path, read_only: bool = True) -> FeatureStore:
             f"expected {_FORMAT}). Make a new one."
         )
     return FeatureStore(path, group)
+
+
+def _zarr_store(path: Location, read_only: bool = False) -> LocalStore | ObjectStore[Any]:
+    if isinstance(path, Path):
+        return LocalStore(path, read_only=read_only)
+    return ObjectStore(path.client(), read_only=read_only)

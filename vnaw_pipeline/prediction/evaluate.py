@@ -9,6 +9,7 @@ import pandas as pd
 
 from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.folds import fold_split
+from vnaw_pipeline.locations import Location
 from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.metrics import AffectScores, ExpressionScores, Scores, score_predictions
 from vnaw_pipeline.prediction.predict import read_predictions
@@ -19,7 +20,7 @@ from vnaw_pipeline.tasks import TASKS, ExpressionTask, Task, TaskName
 def evaluate_predictions(
     manifest: Path | pd.DataFrame,
     annotations_dir: Path,
-    predictions: Path | pd.DataFrame,
+    predictions: str | Location | pd.DataFrame,
     task_name: ExpressionTask = "expr8",
     split: str = "validation",
     fold: int | None = None,
@@ -30,7 +31,7 @@ def evaluate_predictions(
 def evaluate_predictions(
     manifest: Path | pd.DataFrame,
     annotations_dir: Path,
-    predictions: Path | pd.DataFrame,
+    predictions: str | Location | pd.DataFrame,
     task_name: TaskName,
     split: str = "validation",
     fold: int | None = None,
@@ -40,7 +41,7 @@ def evaluate_predictions(
 def evaluate_predictions(
     manifest: Path | pd.DataFrame,
     annotations_dir: Path,
-    predictions: Path | pd.DataFrame,
+    predictions: str | Location | pd.DataFrame,
     task_name: TaskName = "expr8",
     split: str = "validation",
     fold: int | None = None,
@@ -61,7 +62,7 @@ def evaluate_predictions(
     labels = read_labels(videos, annotations_dir, task)
     if not labels:
         raise DataError(f"The videos in split '{split}' have no annotations of task '{task.name}' to score against.")
-    table = read_predictions(predictions, task) if isinstance(predictions, Path) else predictions
+    table = predictions if isinstance(predictions, pd.DataFrame) else read_predictions(predictions, task)
     predicted = predictions_by_video(table, {video_id: len(of_video) for video_id, of_video in labels.items()}, task)
     return score_predictions(task, np.concatenate(list(labels.values())), np.concatenate(list(predicted.values())))
 

@@ -5,6 +5,7 @@ Columns: `video_id, frame_index, valid`, and those of every task of the run: `p_
 window.
 """
 
+import io
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,6 +19,7 @@ from vnaw_pipeline.config import PredictConfig
 from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.store import open_store
+from vnaw_pipeline.locations import Location, location
 from vnaw_pipeline.manifests import read_manifest
 from vnaw_pipeline.prediction.finish import finish_answers
 from vnaw_pipeline.prediction.stitch import stitch_predictions
@@ -31,26 +33,28 @@ from vnaw_pipeline.windows.plan import plan_windows
 
 def predict_videos(
     manifest: Path | pd.DataFrame,
-    store_path: Path,
+    store_path: str | Location,
     run_dir: Path,
     split: str,
     config: PredictConfig | None = None,
+    predictions: str | Location | None = None,
 ) -> StageReport:
     """Predict every frame of a split's videos with a run's best model; of a fold's run, the splits are its fold's.
 
-    `config` None: that of the run.
+    `config` None: that of the run. `predictions` None: the run's own folder of tables; else another one, or `s3://...`.
 
     Writes `<run>/predictions/<split>_raw.parquet` (as the model says) and `<split>.parquet` (gaps filled, smoothed,
     biased, as `config` has it).
 
     Raises:
-        CheckpointError: the run was trained on other features. StoreError: videos missing from the store.
+        CheckpointError: the run was trained on other features.
+        StoreError: videos missing from the store; S3 fails for good.
         DataError: the manifest has no video in this split.
     """
     started = time.monotonic()
     state = process_state()
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
-    run = open_run(run_dir)
+    run = open_run(run_dir, predictions)
     videos = run.split_videos(videos)
     video_ids = list(videos.video_id[videos.split == split])
     if not video_ids:
@@ -62,7 +66,7 @@ def predict_videos(
     windows = run.config.windows
     num_windows = len(plan_windows(bank.num_frames.cpu(), windows.window_frames, windows.predict_stride))
     with progress_bar("predict", num_windows // state.num_processes, "windows", state.is_main_process) as bar:
-        predictions = stitch_predictions(
+        stitched = stitch_predictions(
             run.model.to(state.device),
             bank,
             run.config.tasks,
@@ -74,7 +78,7 @@ def predict_videos(
             bar=bar,
         )
     if state.is_main_process:
-        raw = predictions.cpu().numpy()
+        raw = stitched.cpu().numpy()
         without_any = np.asarray(run.header["without_any"], dtype=np.float32)
         final = finish_probabilities(raw, bank, without_any, config, run.config.tasks)
         write_predictions(run.folder.raw_predictions(split), raw, bank, run.config.tasks)
@@ -100,7 +104,7 @@ def finish_probabilities(
 
 
 def write_predictions(
-    path: Path, predictions: npt.NDArray[np.float32], bank: FeatureBank, tasks: Sequence[Task]
+    path: Location, predictions: npt.NDArray[np.float32], bank: FeatureBank, tasks: Sequence[Task]
 ) -> None:
     """Write what the tasks predict (N, C) for a bank's frames as the prediction table."""
     columns = [name for task in tasks for name in task.prediction_columns]
@@ -117,14 +121,14 @@ def write_predictions(
         table.to_parquet(partial, index=False)
 
 
-def read_predictions(path: Path, task: Task) -> pd.DataFrame:
+def read_predictions(path: str | Location, task: Task) -> pd.DataFrame:
     """Read a prediction table, whatever other tasks it holds too.
 
     Raises:
         DataError: not there, not a Parquet table, or one without this task.
     """
     try:
-        table = pd.read_parquet(path)
+        table = pd.read_parquet(io.BytesIO(location(path).read_bytes()))
     except FileNotFoundError as error:
         raise DataError(f"There are no predictions at {path}. Make them with `vnaw predict`.") from error
     except (OSError, ValueError) as error:

@@ -17,9 +17,10 @@ from vnaw_pipeline.checkpoints import read_header
 from vnaw_pipeline.config import PipelineConfig, PredictConfig
 from vnaw_pipeline.errors import CheckpointError
 from vnaw_pipeline.folds import fold_split
+from vnaw_pipeline.locations import Location
 from vnaw_pipeline.prediction.finish import finish_answers
 from vnaw_pipeline.provenance import digest_bytes
-from vnaw_pipeline.runs import RunFolder
+from vnaw_pipeline.runs import RunFolder, run_folder
 from vnaw_pipeline.tasks import TASKS, Task
 
 TUNED = "tuned.json"
@@ -68,13 +69,13 @@ class PredictedRun:
         return PredictConfig.model_validate({**(config or self.predict).model_dump(), **found["predict"]})
 
 
-def open_predicted(path: str | Path) -> PredictedRun:
-    """Open a run folder for what reads its tables.
+def open_predicted(path: str | Path, predictions: str | Location | None = None) -> PredictedRun:
+    """Open a run folder for what reads its tables, which lie in `predictions` if not in the run folder.
 
     Raises:
         CheckpointError: neither a trained run nor a composed one, or a damaged one.
     """
-    folder = RunFolder(Path(path))
+    folder = run_folder(path, predictions)
     if folder.composite.is_file():
         content = _read_json(folder.composite, "")
         digest = digest_bytes(json.dumps(content, sort_keys=True).encode())

@@ -18,6 +18,7 @@ import pandas as pd
 from vnaw_pipeline.annotations import Labels, labelled
 from vnaw_pipeline.config import PredictConfig, SmoothConfig
 from vnaw_pipeline.errors import DataError
+from vnaw_pipeline.locations import Location
 from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.metrics import score_predictions
 from vnaw_pipeline.prediction.bias import best_bias
@@ -65,9 +66,15 @@ class Tuning:
 
 
 def tune_run(
-    manifest: Path | pd.DataFrame, annotations_dir: Path, run_dir: Path, split: str = "validation"
+    manifest: Path | pd.DataFrame,
+    annotations_dir: Path,
+    run_dir: Path,
+    split: str = "validation",
+    predictions: str | Location | None = None,
 ) -> StageReport:
     """Tune what happens after the model, for a trained or composed run; `predict` and `combine` use it when asked.
+
+    `predictions` None: the run's own folder of tables; else another one, or `s3://...`.
 
     Raises:
         DataError: another split than validation; tables or labels that are missing or do not fit each other.
@@ -78,7 +85,7 @@ def tune_run(
         raise DataError(
             f"The split '{split}' {why}; tuning is done on 'validation' only (of a fold's run, the fold's)."
         )
-    run = open_predicted(run_dir)
+    run = open_predicted(run_dir, predictions)
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
     videos = videos[run.split_videos(videos)["split"] == split]
     if videos.empty:

@@ -17,6 +17,7 @@ from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.features.views import MIRROR, PLAIN
 from vnaw_pipeline.folds import fold_split
+from vnaw_pipeline.locations import Location
 from vnaw_pipeline.losses.joint import count_units, joint_loss
 from vnaw_pipeline.losses.objectives import class_weights, prediction_memory, update_memory
 from vnaw_pipeline.losses.units import balanced_class_weights
@@ -49,7 +50,7 @@ _SECTIONS = {"task", "further_tasks", "seed", "windows", "temporal", "loss", "un
 def train_windows(
     manifest: Path | pd.DataFrame,
     annotations_dir: Path,
-    store_path: Path,
+    store_path: str | Location,
     run_dir: Path,
     config: PipelineConfig,
     *,
