@@ -121,7 +121,7 @@ def leave_processes() -> None:
 def hear_out_heartbeat() -> None:
     """Call where an exchange failed: if another process is gone, the program ends here, with a message that says so."""
     if _heartbeat is not None:
-        _heartbeat.thread.join(5 * _BEAT_SECONDS)
+        _heartbeat.thread.join(10 * _BEAT_SECONDS)
 
 
 def meet() -> None:
