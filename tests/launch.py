@@ -61,7 +61,7 @@ def wait_until(condition: Callable[[], bool], processes: Sequence[subprocess.Pop
         time.sleep(0.01)
 
 
-def ends(processes: Sequence[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[int, str, str]]:
+def ends(processes: Sequence[subprocess.Popen[str]], timeout: float = 600) -> list[tuple[int, str, str]]:
     """Exit code, standard output and standard error of each; none is left behind."""
     try:
         found = []

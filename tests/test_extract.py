@@ -207,19 +207,6 @@ def test_launched_processes_write_the_same_bytes(
     assert store_digest(tmp_path / "s") == views_digest
 
 
-def test_more_processes_than_chunks_leave_some_without_work(
-    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
-) -> None:
-    """Three processes, one video."""
-    drawn.manifest.iloc[:1].to_csv(tmp_path / "one.csv", index=False)
-    line = command(drawn, tiny_config, tmp_path / "s", tmp_path)
-    line[line.index(str(drawn.manifest_path))] = str(tmp_path / "one.csv")
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", *line]
-    finished = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    assert finished.stdout.count("extract: 1 chunks done") == 1
-
-
 @pytest.mark.parametrize("seconds", [0.0, 0.1])
 def test_a_killed_extraction_goes_on(
     seconds: float, drawn: DrawnData, views_config: PipelineConfig, views_digest: str, tmp_path: Path

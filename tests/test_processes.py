@@ -12,6 +12,7 @@ from vnaw_pipeline import processes
 from vnaw_pipeline.config import PipelineConfig, dump_config
 from vnaw_pipeline.errors import ProcessError
 from vnaw_pipeline.features.extract import extract_features
+from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.processes import agree
 from vnaw_pipeline.training.windows import train_windows
 
@@ -90,7 +91,7 @@ def test_a_lost_process_stops_the_extraction_and_a_rerun_does_the_rest(
     both = [start(index, 2, line, port=port, before=SLOW_WRITES) for index in range(2)]
     wait_until(lambda: chunks_of(tmp_path / "s") >= 2, both)
     both[1].kill()
-    (code, _, errors), (killed, _, _) = ends(both, timeout=30)
+    (code, _, errors), (killed, _, _) = ends(both, timeout=60)
     assert (code, killed) == (1, -signal.SIGKILL)
     assert "Process 0 of 2 on " in errors
     assert "another process of this run has ended or cannot be reached" in errors
@@ -100,6 +101,21 @@ def test_a_lost_process_stops_the_extraction_and_a_rerun_does_the_rest(
     again = extract_features(drawn.manifest, drawn.crops, tmp_path / "s", tiny_config)
     assert (again.skipped, again.done) == (made, len(drawn.manifest) - made)
     assert store_digest(tmp_path / "s") == store_digest(drawn_store)
+
+
+def test_more_processes_than_chunks_leave_one_without_work(
+    drawn: DrawnData, tiny_config: PipelineConfig, drawn_store: Path, tmp_path: Path
+) -> None:
+    video = drawn.manifest.iloc[:1]
+    video.to_csv(tmp_path / "one.csv", index=False)
+    line = extract_line(drawn, tiny_config, tmp_path / "s")
+    line[line.index(str(drawn.manifest_path))] = str(tmp_path / "one.csv")
+    port = free_port()
+    (code, said, errors), (other, _, _) = ends([start(index, 2, line, port=port) for index in range(2)])
+    assert (code, other) == (0, 0), errors
+    assert "extract: 1 chunks done" in said
+    found, wanted = (open_store(path).embeddings(video.video_id[0]) for path in (tmp_path / "s", drawn_store))
+    assert found.tobytes() == wanted.tobytes()
 
 
 def test_a_lost_process_stops_the_training_and_a_rerun_goes_on(
@@ -113,7 +129,7 @@ def test_a_lost_process_stops_the_training_and_a_rerun_goes_on(
     metrics = tmp_path / "a" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and len(losses(tmp_path / "a")) >= 2, both)
     both[1].kill()
-    (code, _, errors), _ = ends(both, timeout=30)
+    (code, _, errors), _ = ends(both, timeout=60)
     assert code == 1
     assert "another process of this run has ended or cannot be reached" in errors
     assert "Traceback" not in errors

@@ -40,7 +40,7 @@ class _Heartbeat:
 
     def __init__(self, state: PartialState) -> None:
         self._name = f"Process {state.process_index} of {state.num_processes} on {socket.gethostname()}"
-        self._group = torch.distributed.new_group(backend="gloo", timeout=_SILENCE)
+        self._group: Any = torch.distributed.new_group(backend="gloo", timeout=_SILENCE)
         self._come_to = self._all_came_to = 0
         self._news = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
