@@ -1,5 +1,6 @@
 """One process or many: the same code runs alone, under `torchrun`, and under `accelerate launch`."""
 
+import atexit
 import ctypes
 import os
 import socket
@@ -42,9 +43,11 @@ class _Heartbeat:
         self._name = f"Process {state.process_index} of {state.num_processes} on {socket.gethostname()}"
         self._group: Any = torch.distributed.new_group(backend="gloo", timeout=_SILENCE)
         self._come_to = self._all_came_to = 0
+        self._exiting = False
         self._news = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.thread.start()
+        atexit.register(self._fall_silent)
 
     def meet(self) -> None:
         """Return when every process has called this as often as this one. It may take days, while all are alive."""
@@ -60,12 +63,21 @@ class _Heartbeat:
             self._news.notify_all()
         self.thread.join()
 
+    def _fall_silent(self) -> None:
+        """On any way out: Python must not end while the thread is in the middle of an exchange."""
+        with self._news:
+            self._exiting = True
+            self._news.notify_all()
+        self.thread.join(2 * _BEAT_SECONDS)
+
     def _run(self) -> None:
-        while self._all_came_to < _LAST_MEETING:
+        while self._all_came_to < _LAST_MEETING and not self._exiting:
             smallest = torch.tensor(self._come_to)
             try:
                 torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, self._group)
             except RuntimeError as error:
+                if self._exiting:
+                    return
                 self._stop_program(str(error))
             with self._news:
                 self._all_came_to = int(smallest)
