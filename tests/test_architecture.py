@@ -62,7 +62,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data_manifests" / "README.md"]
-PAGES += [PACKAGE / "weights" / "README.md"]
+PAGES += [PACKAGE / "weights" / "README.md", ROOT / "docs" / "scale.md"]
 
 
 def imports_of(path: Path) -> set[str]:
@@ -115,7 +115,7 @@ def test_the_python_names_of_the_stages_exist() -> None:
         _ = vnaw_pipeline.extract_feature
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "data_manifests/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "data_manifests/README.md", "docs/scale.md"])
 def test_paths_that_a_page_names_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     tops = ("vnaw_pipeline", "configs", "tests", "data_manifests", "docs", ".ci")

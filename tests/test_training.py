@@ -44,6 +44,10 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["train_loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def scores(run: Path) -> list[float]:
+    return [json.loads(line)["macro_f1"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def train(drawn: DrawnData, store: Path, run: Path, config: PipelineConfig, **options: bool) -> None:
     train_windows(drawn.manifest, drawn.annotations, store, run, config, **options)
 
@@ -404,25 +408,28 @@ def reference_losses(
 def test_accumulation_and_processes_change_nothing(
     drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
 ) -> None:
-    """Same loss per step up to float32 sums. Dropout is off: its draws differ with the shape of a pass."""
-    config = changed(changed(tiny_config, "temporal", dropout=0.0), "train", batch_windows=4)
+    """Same loss per step up to float32 sums, and the same scores, which count every validation frame once. Dropout is
+    off: its draws differ with the shape of a pass. Six windows over four processes are shares of two and of one."""
+    config = changed(changed(tiny_config, "temporal", dropout=0.0), "train", batch_windows=6)
     train(drawn, drawn_store, tmp_path / "one", config)
     train(drawn, drawn_store, tmp_path / "parts", changed(config, "train", accumulation=2))
     config_path = tmp_path / "config.yaml"
     config_path.write_text(dump_config(config))
-    options = {
-        "--manifest": drawn.manifest_path,
-        "--annotations": drawn.annotations,
-        "--store": drawn_store,
-        "--run-dir": tmp_path / "two",
-        "--config": config_path,
-    }
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vnaw_pipeline", "train"]
-    line += [str(part) for pair in options.items() for part in pair]
-    finished = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    for processes in ("2", "4"):
+        options = {
+            "--manifest": drawn.manifest_path,
+            "--annotations": drawn.annotations,
+            "--store": drawn_store,
+            "--run-dir": tmp_path / processes,
+            "--config": config_path,
+        }
+        line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "-m", "vnaw_pipeline"]
+        line += ["train", *(str(part) for pair in options.items() for part in pair)]
+        finished = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
+        assert finished.returncode == 0, finished.stderr[-2000:]
+    for other in ("parts", "2", "4"):
+        assert losses(tmp_path / other) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+        assert scores(tmp_path / other) == pytest.approx(scores(tmp_path / "one"), abs=1e-6)
 
 
 def test_a_killed_training_goes_on_with_the_same_losses(

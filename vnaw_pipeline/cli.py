@@ -5,6 +5,7 @@ What a stage needs is imported inside its command, so that `--help` answers at o
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -502,7 +503,12 @@ def _exit_if(failed: bool) -> None:
         raise typer.Exit(1)
 
 
-_INTERRUPTED = 130
+_INTERRUPTED, _TERMINATED = 130, 143
+
+
+def _terminate(*_: object) -> None:
+    """A launcher or a queue stops the program; what is open is closed on the way out."""
+    raise SystemExit(_TERMINATED)
 
 
 def main() -> None:
@@ -510,10 +516,11 @@ def main() -> None:
     value), without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are no news; the error at their end is ours
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except SystemExit as stop:
-        if stop.code == _INTERRUPTED:
+        if stop.code in (_INTERRUPTED, _TERMINATED):
             typer.echo("Stopped. What is written is whole; run the same command again to go on.", err=True)
         raise
     except PipelineError as error:
@@ -527,3 +534,9 @@ def main() -> None:
             err=True,
         )
         sys.exit(1)
+    except RuntimeError:
+        if "torch" in sys.modules:
+            from vnaw_pipeline.processes import hear_out_heartbeat
+
+            hear_out_heartbeat()
+        raise

@@ -21,6 +21,10 @@ class CheckpointError(PipelineError, ValueError):
     """A checkpoint or weights file cannot be read, or belongs to another task, width or run."""
 
 
+class ProcessError(PipelineError):
+    """Several processes of one run do not find each other, or do not run the same program on the same input."""
+
+
 def listing(problems: list[str], limit: int = 20) -> str:
     """Join problems into one message, a line each, the first `limit` of them and a count of the rest."""
     lines = problems[:limit]

@@ -1,43 +1,178 @@
 """One process or many: the same code runs alone, under `torchrun`, and under `accelerate launch`."""
 
+import atexit
 import ctypes
 import os
+import socket
 import sys
+import threading
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from vnaw_pipeline.errors import ProcessError, listing
+from vnaw_pipeline.provenance import code_digest, differences, environment, flat
 from vnaw_pipeline.stages import usable_cores
 
 Item = TypeVar("Item")
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of glibc's mallopt(): above how many bytes freed memory goes back, and memory is taken from the system directly."""
-_PATIENCE = timedelta(days=2)
-"""How long a process waits for the others: the last chunk of one may take much longer than that of another."""
+_PATIENCE = timedelta(minutes=10)
+"""How long processes wait for all to join, and for each other in an exchange that all are ready for."""
+_SILENCE = timedelta(seconds=60)
+"""How long nothing is heard from the others until a process takes them for lost; a network may need a while to mend."""
+_BEAT_SECONDS = 1.0
+_LAST_MEETING = sys.maxsize
+
+
+class _Heartbeat:
+    """Knows that all processes of a run are alive, and when all of them have come to the same point.
+
+    A thread tells the others once a second how many meetings this process has come to, and hears the smallest number
+    of all. Where that exchange fails, another process has died or the network is cut. The main thread may then be
+    deep in work, or wait for an answer that never comes; so the program ends at once, with a message. What it wrote is
+    whole, as after any kill.
+    """
+
+    def __init__(self, state: PartialState) -> None:
+        self._name = f"Process {state.process_index} of {state.num_processes} on {socket.gethostname()}"
+        self._group: Any = torch.distributed.new_group(backend="gloo", timeout=_SILENCE)
+        self._come_to = self._all_came_to = 0
+        self._exiting = False
+        self._news = threading.Condition()
+        self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self.thread.start()
+        atexit.register(self._fall_silent)
+
+    def meet(self) -> None:
+        """Return when every process has called this as often as this one. It may take days, while all are alive."""
+        with self._news:
+            self._come_to = meeting = self._come_to + 1
+            self._news.notify_all()
+            self._news.wait_for(lambda: self._all_came_to >= meeting)
+
+    def end(self) -> None:
+        """Come to the last meeting; return when all have."""
+        with self._news:
+            self._come_to = _LAST_MEETING
+            self._news.notify_all()
+        self.thread.join()
+
+    def _fall_silent(self) -> None:
+        """On any way out: Python must not end while the thread is in the middle of an exchange."""
+        with self._news:
+            self._exiting = True
+            self._news.notify_all()
+        self.thread.join(2 * _BEAT_SECONDS)
+
+    def _run(self) -> None:
+        while self._all_came_to < _LAST_MEETING and not self._exiting:
+            smallest = torch.tensor(self._come_to)
+            try:
+                torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, self._group)
+            except RuntimeError as error:
+                if self._exiting:
+                    return
+                self._stop_program(str(error))
+            with self._news:
+                self._all_came_to = int(smallest)
+                self._news.notify_all()
+                if self._come_to == self._all_came_to:  # else this process waits for the others, who set the pace
+                    self._news.wait(_BEAT_SECONDS)
+
+    def _stop_program(self, error: str) -> None:
+        reason = error.partition("] ")[2].partition(". ")[0]  # without the place in gloo's code and its advice
+        sys.stderr.write(
+            f"{self._name} stops: another process of this run has ended or cannot be reached ({reason or error}). "
+            "What is written is whole. See what the others said last, and run the same command again to go on.\n"
+        )
+        sys.stderr.flush()
+        os._exit(1)
+
+
+_heartbeat: _Heartbeat | None = None
 
 
 def process_state() -> PartialState:
     """Accelerate's view of the processes of this run; joins the others on the first call.
 
     Without a GPU it is told so, since it otherwise takes several CPU processes for separate runs.
+
+    Raises:
+        ProcessError: the others did not all join in time.
     """
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    global _heartbeat
+    try:
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+        if state.num_processes > 1 and _heartbeat is None:
+            _heartbeat = _Heartbeat(state)
+    except RuntimeError as error:
+        raise ProcessError(
+            f"Process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} on {socket.gethostname()} could not "
+            f"join the others at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within "
+            f"{_PATIENCE.total_seconds() / 60:.0f} minutes ({error}). Check that all of them started and reach each "
+            "other there (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network interface to use)."
+        ) from error
+    return state
 
 
 def leave_processes() -> None:
-    """Part from the other processes at the end of a program. Does nothing in a run of one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    """Part from the other processes at the end of a program, when all are there. Does nothing in a run of one."""
+    global _heartbeat
+    if _heartbeat is not None:
+        _heartbeat.end()
+        _heartbeat = None
         torch.distributed.destroy_process_group()
 
 
+def hear_out_heartbeat() -> None:
+    """Call where an exchange failed: if another process is gone, the program ends here, with a message that says so."""
+    if _heartbeat is not None:
+        _heartbeat.thread.join(10 * _BEAT_SECONDS)
+
+
+def meet() -> None:
+    """Wait until every process is here, however long it works before; if one is lost on the way, the program ends."""
+    if process_state().num_processes > 1 and _heartbeat is not None:
+        _heartbeat.meet()
+
+
 def gather_all(items: list[Item]) -> list[Item]:
-    """The items of every process, in the order of the processes, in every process."""
+    """The items of every process, in the order of the processes, in every process, once all have come here."""
+    meet()
     gathered: list[Item] = gather_object(items) if process_state().num_processes > 1 else items
     return gathered
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Make sure that every process runs the same program on the same `facts`: config, digests of inputs.
+
+    Called before anything is written.
+
+    Raises:
+        ProcessError: one does not, in every process; it says which, where, and what differs.
+    """
+    state = process_state()
+    if state.num_processes == 1:
+        return
+    everyone = gather_all([(socket.gethostname(), flat({"code": code_digest(), **environment(), **facts}))])
+    first_host, first = everyone[0]
+    unlike = [
+        f"process {index} on {host}: {'; '.join(different)}"
+        for index, (host, found) in enumerate(everyone)
+        if (different := differences(found, first))
+    ]
+    if unlike:
+        leave_processes()
+        raise ProcessError(
+            f"The processes of this run are not alike; nothing was written. Unlike process 0 on {first_host} (wanted) "
+            f"are:\n{listing(unlike, 5)}\nStart all with the same program, config and input."
+        )
 
 
 def keep_freed_memory() -> None:

@@ -91,6 +91,20 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     ]
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one table of dotted keys."""
+    table: dict[str, Any] = {}
+    for key, value in values.items():
+        table |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return table
+
+
+def code_digest() -> str:
+    """Of every module of this package: two copies may differ and yet have the same version."""
+    modules = sorted(Path(__file__).parent.rglob("*.py"))
+    return digest_bytes(*(module.read_bytes() for module in modules))
+
+
 def environment() -> dict[str, str]:
     """Versions and machine, for `record.json`: what may change numbers without changing a config."""
     return {

@@ -16,7 +16,7 @@ from vnaw_pipeline.errors import CheckpointError
 from vnaw_pipeline.features.store import FeatureStore
 from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.locations import Location, location
-from vnaw_pipeline.provenance import differences, environment, utc_now, write_json, write_text
+from vnaw_pipeline.provenance import differences, environment, flat, utc_now, write_json, write_text
 from vnaw_pipeline.tasks import TASKS, Task
 from vnaw_pipeline.temporal import TemporalModel
 
@@ -84,7 +84,7 @@ class RunFolder:
             partial.unlink(missing_ok=True)
         if self.config.exists():
             found = load_config(self.config).model_dump(mode="json", include=sections)
-            if changed := differences(_flat(found), _flat(config.model_dump(mode="json", include=sections))):
+            if changed := differences(flat(found), flat(config.model_dump(mode="json", include=sections))):
                 raise CheckpointError(
                     f"{self.path} holds a run with another config: {'; '.join(changed[:5])}. "
                     "Give a new run folder, or --overwrite to start this one afresh."
@@ -131,14 +131,6 @@ class Run:
                 f"by the run): {'; '.join(unlike)}. "
                 "Extract with the config of the run, or train on this store."
             )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one table of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def run_folder(path: str | Path, predictions: str | Location | None = None) -> RunFolder:

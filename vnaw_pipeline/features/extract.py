@@ -21,8 +21,8 @@ from vnaw_pipeline.features.views import PLAIN, view_recipes
 from vnaw_pipeline.layouts import crop_set_name
 from vnaw_pipeline.locations import Location, files_below
 from vnaw_pipeline.manifests import read_manifest
-from vnaw_pipeline.processes import gather_all, process_state
-from vnaw_pipeline.provenance import environment, utc_now, write_json, write_text
+from vnaw_pipeline.processes import agree, gather_all, meet, process_state
+from vnaw_pipeline.provenance import digest_bytes, environment, utc_now, write_json, write_text
 from vnaw_pipeline.stages import Failure, StageReport, progress_bar
 
 _FAILURES = "failures"
@@ -44,6 +44,7 @@ def extract_features(
     Raises:
         StoreError: the store belongs to other crops, weights or settings, or a view in it does; S3 fails for good.
         ConfigError, CheckpointError: the encoder cannot be built or its weights not be read.
+        ProcessError: processes that differ in program, config, manifest or weights.
     """
     started = time.monotonic()
     state = process_state()
@@ -57,18 +58,20 @@ def extract_features(
     }
     views = config.extract.views
     recipes = view_recipes(views, config.extract.erase_span_frames, config.seed)
+    settings = config.model_dump(mode="json", include={"encoder", "extract", "seed"})
+    agree({"manifest": digest_bytes(videos.to_csv().encode()), "fingerprint": fingerprint, **settings})
     if state.is_main_process:
         store = create_store(store_path, fingerprint, encoder.embedding_dim, recipes)
         store.remove_partial_files()
         for video_id, num_frames in zip(videos.video_id, videos.num_frames, strict=True):
             store.add_video(video_id, num_frames, views)
         write_text(store.path / "config.yaml", dump_config(config))
-    state.wait_for_everyone()
+    meet()
     store = create_store(store_path, fingerprint, encoder.embedding_dim, recipes)
     crops_of = dict(zip(videos.video_id, videos.crops, strict=True))
     chunks = _chunks_to_do(store, list(crops_of), views)
     total = sum(len(store.units(video_id)) for video_id in crops_of) * len(views)
-    state.wait_for_everyone()  # no process writes before all have seen what is missing
+    meet()  # no process writes before all have seen what is missing
 
     mine = share_of(chunks, state.process_index, state.num_processes)
     frames = sum(chunk.stop - chunk.start for chunk in mine)

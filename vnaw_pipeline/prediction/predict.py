@@ -23,7 +23,7 @@ from vnaw_pipeline.locations import Location, location
 from vnaw_pipeline.manifests import read_manifest
 from vnaw_pipeline.prediction.finish import finish_answers
 from vnaw_pipeline.prediction.stitch import stitch_predictions
-from vnaw_pipeline.processes import process_state, sum_over_processes
+from vnaw_pipeline.processes import meet, process_state, sum_over_processes
 from vnaw_pipeline.provenance import atomic_path
 from vnaw_pipeline.runs import open_run
 from vnaw_pipeline.stages import StageReport, progress_bar
@@ -83,7 +83,7 @@ def predict_videos(
         final = finish_probabilities(raw, bank, without_any, config, run.config.tasks)
         write_predictions(run.folder.raw_predictions(split), raw, bank, run.config.tasks)
         write_predictions(run.folder.predictions(split), final, bank, run.config.tasks)
-    state.wait_for_everyone()
+    meet()
     return StageReport("predict", done=len(video_ids), frames=bank.zero_row, seconds=time.monotonic() - started)
 
 

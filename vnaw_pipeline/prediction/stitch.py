@@ -43,7 +43,7 @@ def stitch_predictions(
     total = torch.zeros(bank.zero_row + 1, sum(len(task.outputs) for task in tasks), device=device)
     counts = torch.zeros(bank.zero_row + 1, device=device)
     mine = torch.arange(len(plan))[process_index::num_processes]
-    for chosen in torch.split(mine, batch_windows):
+    for chosen in mine.split(batch_windows) if len(mine) else ():  # there may be more processes than windows
         batch = gather_windows(bank, {}, rows[chosen], plan.video[chosen])
         predictions = predictions_of(forward(batch.embeddings, batch.valid).float(), tasks)
         flat = rows[chosen].flatten().to(device)

@@ -28,7 +28,6 @@ from vnaw_pipeline.features.encoder import (
 from vnaw_pipeline.losses.images import distillation_loss
 from vnaw_pipeline.metrics import expression_scores
 from vnaw_pipeline.processes import gather_all, process_state, sum_over_processes
-from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import Failure, StageReport
 from vnaw_pipeline.tasks import EXPRESSIONS, TASKS
 from vnaw_pipeline.training.images import (
@@ -40,7 +39,7 @@ from vnaw_pipeline.training.images import (
     read_ahead,
     vary_images,
 )
-from vnaw_pipeline.training.loop import SCORE, Recipe, fit, seed_of, split_step
+from vnaw_pipeline.training.loop import SCORE, Recipe, begin_run, fit, seed_of, split_step
 from vnaw_pipeline.windows.plan import balanced_weights
 
 _SECTIONS = {"seed", "encoder", "pretrain"}
@@ -109,10 +108,8 @@ def pretrain_encoder(
     for faces, what in ((learnt, f"label of source '{settings.label_source}'"), (scored, "majority label")):
         if len(faces) == 0:
             raise DataError(f"No face of the {'training' if faces is learnt else 'validation'} sets has a {what}.")
-    folder = RunFolder(run_dir)
-    if state.is_main_process:
-        folder.begin(config, _SECTIONS, overwrite)
-    state.wait_for_everyone()
+    labels = {"train": train.digest(), "validation": validation.digest()}
+    folder = begin_run(run_dir, config, _SECTIONS, overwrite, {"labels": labels})
     teacher = _load_teacher(settings.teacher, config.seed) if settings.teacher is not None else None
     against_labels = label_objective(settings.loss, learnt.targets)
     recipe = Recipe(
@@ -129,7 +126,7 @@ def pretrain_encoder(
             "pool": resolve_pool(config.encoder),
             **preprocessing.recorded(),
             "config": config.model_dump(mode="json", include=_SECTIONS),
-            "labels": {"train": train.digest(), "validation": validation.digest()},
+            "labels": labels,
             "teacher": teacher.weights_digest if teacher is not None else None,
         },
         label="pretrain",

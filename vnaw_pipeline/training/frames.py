@@ -27,7 +27,6 @@ from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.metrics import expression_scores
 from vnaw_pipeline.processes import gather_all, process_state, sum_over_processes
 from vnaw_pipeline.provenance import digest_bytes
-from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import Failure, StageReport
 from vnaw_pipeline.tasks import ACTION_UNITS, IGNORE_LABEL, TASKS, Task, TaskName
 from vnaw_pipeline.training.images import (
@@ -39,7 +38,7 @@ from vnaw_pipeline.training.images import (
     read_ahead,
     vary_images,
 )
-from vnaw_pipeline.training.loop import SCORE, Recipe, fit, seed_of, split_step
+from vnaw_pipeline.training.loop import SCORE, Recipe, begin_run, fit, seed_of, split_step
 from vnaw_pipeline.windows.plan import balanced_weights
 
 _SECTIONS = {"task", "seed", "encoder", "finetune"}
@@ -162,10 +161,8 @@ def finetune_encoder(
         _labelled_frames(videos, split, annotations_dir, crops_root, task, preprocessing, extra_tasks)
         for split in ("train", "validation")
     )
-    folder = RunFolder(run_dir)
-    if state.is_main_process:
-        folder.begin(config, _SECTIONS, overwrite)
-    state.wait_for_everyone()
+    labels = {"train": train.digest, "validation": validation.digest}
+    folder = begin_run(run_dir, config, _SECTIONS, overwrite, {"labels": labels})
     settings = config.finetune
     against_labels = label_objective(settings.loss, train.targets)
     groups = parameter_groups(model, settings.weight_decay, settings.layer_decay, settings.frozen_stages)
@@ -184,7 +181,7 @@ def finetune_encoder(
             "pool": resolve_pool(config.encoder),
             **preprocessing.recorded(),
             "config": config.model_dump(mode="json", include=_SECTIONS),
-            "labels": {"train": train.digest, "validation": validation.digest},
+            "labels": labels,
         },
         label="finetune",
         memory=against_labels.memory,

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vnaw_pipeline.checkpoints import load_tensors, save_tensors
+from vnaw_pipeline.config import PipelineConfig
 from vnaw_pipeline.errors import CheckpointError, ConfigError
-from vnaw_pipeline.processes import keep_freed_memory, process_state, sum_over_processes
+from vnaw_pipeline.processes import agree, keep_freed_memory, meet, process_state, sum_over_processes
 from vnaw_pipeline.provenance import differences
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import progress_bar
@@ -84,6 +85,23 @@ class _Progress:
     scaler: dict[str, Any] | None = None
 
 
+def begin_run(
+    run_dir: Path, config: PipelineConfig, sections: set[str], overwrite: bool, inputs: Mapping[str, Any]
+) -> RunFolder:
+    """The run folder for `fit`, made or gone on with as `RunFolder.begin` does it, once all processes agree on the
+    config's `sections` and on `inputs`, the digests of what is learnt from.
+
+    Raises:
+        CheckpointError: the folder holds another run. ProcessError: processes that differ.
+    """
+    agree({**config.model_dump(mode="json", include=sections), **inputs})
+    folder = RunFolder(run_dir)
+    if process_state().is_main_process:
+        folder.begin(config, sections, overwrite)
+    meet()
+    return folder
+
+
 def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) -> list[dict[str, Any]]:
     """Train, from the last checkpoint in `folder` if there is one; the figures of every epoch.
 
@@ -142,7 +160,7 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
                 tensors = _training_state(recipe, accelerator.unwrap_model(model), optimiser, average)
                 _save(folder, recipe, kept.state_dict(), tensors, progress, accelerator.scaler)
             progress.best_score = max(progress.best_score, scores[recipe.score])
-            accelerator.wait_for_everyone()
+            meet()
     if accelerator.is_main_process:
         folder.write_metrics(progress.history)
     for tracker in accelerator.trackers:  # end_training() would also part the processes, who have more to do

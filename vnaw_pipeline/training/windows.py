@@ -26,12 +26,11 @@ from vnaw_pipeline.metrics import score_predictions
 from vnaw_pipeline.prediction.predict import finish_probabilities
 from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.processes import process_state, sum_over_processes
-from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import StageReport
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, output_columns
 from vnaw_pipeline.temporal import TemporalModel
 from vnaw_pipeline.training.labels import LabelledBank, open_labelled_bank
-from vnaw_pipeline.training.loop import Optimisation, Recipe, fit, seed_of, split_step
+from vnaw_pipeline.training.loop import Optimisation, Recipe, begin_run, fit, seed_of, split_step
 from vnaw_pipeline.windows.augment import channel_mask, erase_channels, mask_input, skip_frames, window_seeds
 from vnaw_pipeline.windows.batches import WindowBatch, gather_view, gather_windows
 from vnaw_pipeline.windows.plan import (
@@ -79,10 +78,10 @@ def train_windows(
         for split, of_split in (("train", views), ("validation", [PLAIN]))
     )
     train = train.learnable()
-    folder = RunFolder(run_dir)
-    if state.is_main_process:
-        folder.begin(config, _SECTIONS, overwrite)
-    state.wait_for_everyone()
+    labels = {"train": train.digest(), "validation": validation.digest()}
+    folder = begin_run(
+        run_dir, config, _SECTIONS, overwrite, {"labels": labels, "features": store.fingerprint, "fold": fold}
+    )
 
     plan = training_plan(train, config)
     per_epoch = config.train.windows_per_epoch or len(plan)
@@ -96,7 +95,7 @@ def train_windows(
         "embedding_dim": store.embedding_dim,
         "features": store.fingerprint,
         "config": config.model_dump(mode="json", include=_SECTIONS),
-        "labels": {"train": train.digest(), "validation": validation.digest()},
+        "labels": labels,
         "fold": fold,
         "without_any": without_any,
     }
