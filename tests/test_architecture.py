@@ -50,6 +50,7 @@ ONLY_IN = {
     "insightface": {"crops/detect.py"},
     "retinaface": {"crops/detect.py"},
     "timm": {"features/encoder.py"},
+    "openvino": {"features/backends.py"},
     "zarr": {"features/store.py"},
     "h5py": {"crops/source.py", "crops/sink.py", "layouts.py", "features/foreign.py"},
     "matplotlib": {"report/figures.py"},

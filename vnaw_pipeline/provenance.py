@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_RECORDED_PACKAGES = ("vnaw-pipeline", "torch", "timm", "accelerate", "zarr", "numpy")
+_RECORDED_PACKAGES = ("vnaw-pipeline", "torch", "timm", "openvino", "accelerate", "zarr", "numpy")
 
 
 @contextmanager
