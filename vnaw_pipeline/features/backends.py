@@ -149,11 +149,12 @@ def _torch_forward(encoder: Encoder, arithmetic: Arithmetic, forwards: int, batc
 def _openvino_forward(encoder: Encoder, arithmetic: Arithmetic, forwards: int, batch_frames: int) -> Forward:
     openvino, side = _openvino(), encoder.preprocessing.input_px
     model = _OfPixels(encoder.model, encoder.preprocessing, torch.float32).eval()
-    # Traced with one frame, since PyTorch computes it, slowly.
     example = torch.zeros(1, side, side, 3, dtype=torch.uint8), torch.zeros(1, side, side, dtype=torch.bool)
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # that sizes become constants, which they are
-        graph = openvino.convert_model(model, example_input=example)
+        # Traced here and with one frame: OpenVINO would trace twice, to compare, and that takes a third longer.
+        traced = torch.jit.trace(model, example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
+        graph = openvino.convert_model(traced, example_input=example)
     shapes = [[batch_frames, *part.shape[1:]] for part in example]
     graph.reshape(dict(zip(graph.inputs, shapes, strict=True)))
     settings = {
