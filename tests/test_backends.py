@@ -196,6 +196,19 @@ def test_what_float16_cannot_hold_is_an_error(backend: str, factor: float, tiny_
         encode(pictures(encoder, 4))
 
 
+class Odd(torch.nn.Module):
+    """An operator that PyTorch has and OpenVINO has not."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.polygamma(1, images.mean(dim=(2, 3)))
+
+
+def test_an_encoder_that_openvino_cannot_take_is_named(tiny_config: PipelineConfig) -> None:
+    odd = replace(load_encoder(tiny_config.encoder), model=Odd())
+    with pytest.raises(ConfigError, match=r"cannot take the encoder swin_tiny.*polygamma.*Set extract.backend=torch"):
+        make_encode(odd, IN_BF16, 1, 4)
+
+
 def test_openvino_neither_speaks_nor_reports_its_use(tmp_path: Path) -> None:
     """Its telemetry package would note each use in the home folder and send it on."""
     code = """

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vnaw_pipeline.errors import ConfigError, StoreError
 from vnaw_pipeline.features.encoder import Encoder, Preprocessing
 from vnaw_pipeline.processes import cpu_share
+from vnaw_pipeline.textlines import shortened
 
 Frames = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
@@ -95,6 +96,9 @@ def make_encode(encoder: Encoder, arithmetic: Arithmetic, forwards: int, batch_f
     at a time. A shorter batch is padded, so that the batch never changes a number.
 
     The function raises StoreError for embeddings that float16 cannot hold.
+
+    Raises:
+        ConfigError: OpenVINO cannot make a graph of this encoder.
     """
     make_forward = _openvino_forward if arithmetic.backend == "openvino" else _torch_forward
     forward = make_forward(encoder, arithmetic, forwards, batch_frames)
@@ -147,23 +151,31 @@ def _torch_forward(encoder: Encoder, arithmetic: Arithmetic, forwards: int, batc
 
 
 def _openvino_forward(encoder: Encoder, arithmetic: Arithmetic, forwards: int, batch_frames: int) -> Forward:
-    openvino, side = _openvino(), encoder.preprocessing.input_px
-    model = _OfPixels(encoder.model, encoder.preprocessing, torch.float32).eval()
-    example = torch.zeros(1, side, side, 3, dtype=torch.uint8), torch.zeros(1, side, side, dtype=torch.bool)
-    with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # that sizes become constants, which they are
-        # Traced here and with one frame: OpenVINO would trace twice, to compare, and that takes a third longer.
-        traced = torch.jit.trace(model, example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
-        graph = openvino.convert_model(traced, example_input=example)
-    shapes = [[batch_frames, *part.shape[1:]] for part in example]
-    graph.reshape(dict(zip(graph.inputs, shapes, strict=True)))
+    side = encoder.preprocessing.input_px
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16" if arithmetic.precision == "bf16" else "f32",
         "NUM_STREAMS": forwards,
         "INFERENCE_NUM_THREADS": forwards,  # one for each
         "ENABLE_CPU_PINNING": False,  # several processes would pin theirs to the same cores
     }
-    compiled = openvino.Core().compile_model(graph, "CPU", settings)
+    model = _OfPixels(encoder.model, encoder.preprocessing, torch.float32).eval()
+    # Not one frame: a size of 1 that the trace took for a constant would go unnoticed.
+    example = torch.zeros(2, side, side, 3, dtype=torch.uint8), torch.zeros(2, side, side, dtype=torch.bool)
+    shapes = [[batch_frames, *part.shape[1:]] for part in example]
+    openvino = _openvino()
+    try:
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.simplefilter("ignore")  # that sizes become constants, which they are
+            # Traced here, since OpenVINO would trace twice, to compare, and that takes a third longer.
+            traced = torch.jit.trace(model, example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
+            graph = openvino.convert_model(traced, example_input=example)
+        graph.reshape(dict(zip(graph.inputs, shapes, strict=True)))
+        compiled = openvino.Core().compile_model(graph, "CPU", settings)
+    except Exception as error:
+        raise ConfigError(
+            f"OpenVINO cannot take the encoder {encoder.name} ({type(error).__name__}: {shortened(str(error), 200)}). "
+            "Set extract.backend=torch."
+        ) from error
     idle: SimpleQueue[Any] = SimpleQueue()
     for _ in range(forwards):
         idle.put(compiled.create_infer_request())
