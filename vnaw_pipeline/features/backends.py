@@ -173,7 +173,7 @@ def _openvino_forward(encoder: Encoder, arithmetic: Arithmetic, forwards: int, b
         compiled = openvino.Core().compile_model(graph, "CPU", settings)
     except Exception as error:
         raise ConfigError(
-            f"OpenVINO cannot take the encoder {encoder.name} ({type(error).__name__}: {shortened(str(error), 200)}). "
+            f"OpenVINO cannot take the encoder {encoder.name} ({type(error).__name__}: {shortened(str(error), 300)}). "
             "Set extract.backend=torch."
         ) from error
     idle: SimpleQueue[Any] = SimpleQueue()
