@@ -51,6 +51,7 @@ ONLY_IN = {
     "insightface": {"crops/detect.py"},
     "retinaface": {"crops/detect.py"},
     "timm": {"features/encoder.py"},
+    "openvino": {"features/backends.py"},
     "zarr": {"features/store.py"},
     "obstore": {"locations.py"},
     "h5py": {"crops/source.py", "crops/sink.py", "layouts.py", "features/foreign.py"},

@@ -13,7 +13,7 @@ from torch import nn
 from vnaw_pipeline.checkpoints import load_tensors
 from vnaw_pipeline.config import PipelineConfig, dump_config, load_config
 from vnaw_pipeline.errors import CheckpointError
-from vnaw_pipeline.features.store import FeatureStore
+from vnaw_pipeline.features.store import FeatureStore, what_to_set
 from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.locations import Location, location
 from vnaw_pipeline.provenance import differences, environment, flat, utc_now, write_json, write_text
@@ -130,6 +130,7 @@ class Run:
                 f"{self.folder.path} was trained on other features than {store.path} holds (found in the store, wanted "
                 f"by the run): {'; '.join(unlike)}. "
                 "Extract with the config of the run, or train on this store."
+                f"{what_to_set(self.header['features'], store.fingerprint)}"
             )
 
 

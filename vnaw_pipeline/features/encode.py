@@ -1,38 +1,25 @@
 """From crops to embeddings: chunk by chunk, many batches at a time, every view from one decoding.
 
-The bytes do not depend on how many threads made them: a chunk is always cut into the same batches, and on a CPU each
-forward pass runs on one core while several run side by side.
+The bytes do not depend on how many threads made them: a chunk is always cut into the same batches.
 """
 
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_listed_crops
 from vnaw_pipeline.crops.video import Rgb
-from vnaw_pipeline.errors import DataError, StoreError
+from vnaw_pipeline.errors import DataError
+from vnaw_pipeline.features.backends import Encode
 from vnaw_pipeline.features.encoder import Encoder
 from vnaw_pipeline.features.views import Recipe, frames_in_view
-from vnaw_pipeline.processes import cpu_share
 from vnaw_pipeline.stages import Failure
-
-
-class Encode(Protocol):
-    """An encoder as a function on frames."""
-
-    def __call__(
-        self, frames: npt.NDArray[np.uint8], erased: npt.NDArray[np.bool_] | None = None
-    ) -> npt.NDArray[np.float16]:
-        """uint8 (B, S, S, 3) -> (B, D). Pixels that are `erased`, bool (B, S, S), take the encoder's mean colour."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +68,7 @@ def encode_chunks(
         chunk = result.chunk
         if not hasattr(buffers, "batch"):
             buffers.batch = np.zeros((batch_frames, side, side, 3), dtype=np.uint8)
-        batch = buffers.batch
+        batch = buffers.batch[: stop - start]
         for position, frame_index in enumerate(range(start, stop)):
             if chunk.known_valid is not None and not chunk.known_valid[frame_index - chunk.start]:
                 continue
@@ -97,7 +84,7 @@ def encode_chunks(
         if not (found := result.valid[rows]).any():
             return
         for view, recipe in chunk.recipes.items():
-            embeddings = encode(*frames_in_view(view, recipe, batch, chunk.video_id, start))[: stop - start]
+            embeddings = encode(*frames_in_view(view, recipe, batch, chunk.video_id, start))
             result.embeddings[view][rows] = np.where(found[:, None], embeddings, np.float16(0))
 
     pending: deque[tuple[VideoCrops | None, EncodedChunk, list[Future[None]]]] = deque()
@@ -139,43 +126,3 @@ def _read_crop(crops: VideoCrops, frame_index: int, is_needed: bool) -> Rgb | No
     if jpeg is None and is_needed:
         raise DataError("the image that the other views were made from is not there any more")
     return None if jpeg is None else decode_crop(jpeg)
-
-
-def make_encode(encoder: Encoder, precision: str, device: torch.device, forwards: int) -> Encode:
-    """The encoder as a function on frames; at most `forwards` passes run at a time."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = encoder.model.to(device, dtype).to(memory_format=torch.channels_last)
-    slots = threading.Semaphore(forwards)
-
-    @torch.inference_mode()
-    def encode(frames: npt.NDArray[np.uint8], erased: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.float16]:
-        with slots:
-            images = encoder.preprocessing.normalise(torch.from_numpy(frames).to(device))
-            if erased is not None:
-                images = images.masked_fill(torch.from_numpy(erased).to(device)[:, None], 0.0)
-            embeddings: npt.NDArray[np.float16] = model(images.to(dtype)).to(torch.float16).cpu().numpy()
-        if not np.isfinite(embeddings).all():
-            raise StoreError(
-                f"{encoder.name} gives embeddings that float16 cannot hold (beyond 65504, or not a number). "
-                "Check its weights and precision; another layer's output or a normalised head is needed."
-            )
-        return embeddings
-
-    return encode
-
-
-@contextmanager
-def one_core_per_forward(device: torch.device) -> Iterator[int]:
-    """On a CPU, run each forward pass on one core, as many at a time as there are cores (yielded).
-
-    Splitting one pass over cores may change the order of its sums, and so the bytes.
-    """
-    if device.type != "cpu":
-        yield 1
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield cpu_share()
-    finally:
-        torch.set_num_threads(before)

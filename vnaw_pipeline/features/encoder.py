@@ -349,12 +349,3 @@ def parameter_groups(
         model.get_parameter(name).requires_grad_(False)
     groups = param_groups_layer_decay(model, weight_decay=weight_decay, layer_decay=layer_decay)
     return [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in groups]
-
-
-def resolve_precision(wanted: str, device: torch.device) -> str:
-    """`auto` becomes bf16 where the device computes in it (a GPU that says so, a CPU with AVX-512 bf16), else fp32."""
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False) else "fp32"

@@ -14,8 +14,9 @@ from pathlib import Path
 import pandas as pd
 
 from vnaw_pipeline.config import PipelineConfig, dump_config
-from vnaw_pipeline.features.encode import Chunk, EncodedChunk, encode_chunks, make_encode, one_core_per_forward
-from vnaw_pipeline.features.encoder import load_encoder, resolve_precision
+from vnaw_pipeline.features.backends import make_encode, one_core_per_forward, resolve_arithmetic
+from vnaw_pipeline.features.encode import Chunk, EncodedChunk, encode_chunks
+from vnaw_pipeline.features.encoder import load_encoder
 from vnaw_pipeline.features.store import FeatureStore, Unit, create_store
 from vnaw_pipeline.features.views import PLAIN, view_recipes
 from vnaw_pipeline.layouts import crop_set_name
@@ -43,17 +44,17 @@ def extract_features(
 
     Raises:
         StoreError: the store belongs to other crops, weights or settings, or a view in it does; S3 fails for good.
-        ConfigError, CheckpointError: the encoder cannot be built or its weights not be read.
+        ConfigError, CheckpointError: the encoder cannot be built, its weights not be read, or its backend is not there.
         ProcessError: processes that differ in program, config, manifest or weights.
     """
     started = time.monotonic()
     state = process_state()
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
     encoder = load_encoder(config.encoder, config.seed, allow_pickle)
-    precision = resolve_precision(config.extract.precision, state.device)
+    arithmetic = resolve_arithmetic(config.extract.backend, config.extract.precision, state.device)
     fingerprint = {
         **encoder.fingerprint(),
-        "precision": precision,
+        **arithmetic.fingerprint(),
         "crops": config.extract.crop_set or crop_set_name(crops_root, videos.crops),
     }
     views = config.extract.views
@@ -76,12 +77,12 @@ def extract_features(
     mine = share_of(chunks, state.process_index, state.num_processes)
     frames = sum(chunk.stop - chunk.start for chunk in mine)
     with (
-        one_core_per_forward(state.device) as forwards,
+        one_core_per_forward(arithmetic.device) as forwards,
         progress_bar("extract", frames, shown=state.is_main_process) as bar,
     ):
-        encode = make_encode(encoder, precision, state.device, forwards)
-        workers = max(config.extract.decode_threads, forwards)
-        for result in encode_chunks(mine, crops_root, crops_of, encoder, encode, config.extract.batch_frames, workers):
+        batch_frames, workers = config.extract.batch_frames, max(config.extract.decode_threads, forwards)
+        encode = make_encode(encoder, arithmetic, forwards, batch_frames)
+        for result in encode_chunks(mine, crops_root, crops_of, encoder, encode, batch_frames, workers):
             _keep(store, result)
             bar.advance(result.chunk.stop - result.chunk.start)
 
@@ -101,7 +102,12 @@ def extract_features(
     )
     if state.is_main_process:
         report.write_status(store.path / "status.csv")
-        made = {"written": utc_now(), "environment": environment(), "device": str(state.device), "seed": config.seed}
+        made = {
+            "written": utc_now(),
+            "environment": environment(),
+            "device": str(arithmetic.device),
+            "seed": config.seed,
+        }
         write_json(store.path / "record.json", made)
     return report
 

@@ -262,10 +262,17 @@ def create_store(
     if unlike := differences(store.fingerprint, fingerprint):
         raise StoreError(
             f"The features in {path} were made in another way: {'; '.join(unlike)}. "
-            "Make a new store, or use what made this one."
+            f"Make a new store, or use what made this one.{what_to_set(store.fingerprint, fingerprint)}"
         )
     store.add_views(views or {})
     return store
+
+
+def what_to_set(made: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """A sentence with the options that make features as `made` was, where the defaults chose other ones `here`."""
+    unlike = [key for key in ("backend", "precision") if key in made and made[key] != here.get(key)]
+    options = [f"--set extract.{key}={made[key]}" for key in unlike]
+    return f" Here that takes {' '.join(options)}." if options else ""
 
 
 def open_store(path: str | Location, read_only: bool = True) -> FeatureStore:

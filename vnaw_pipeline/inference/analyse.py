@@ -26,8 +26,8 @@ from vnaw_pipeline.crops.extract import crop_settings
 from vnaw_pipeline.crops.source import decode_crop
 from vnaw_pipeline.crops.video import Frame, Rgb
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
-from vnaw_pipeline.features.encode import Encode, make_encode, one_core_per_forward
-from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_encoder, resolve_precision
+from vnaw_pipeline.features.backends import Encode, make_encode, one_core_per_forward, resolve_arithmetic
+from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_encoder
 from vnaw_pipeline.features.store import IMPORTED
 from vnaw_pipeline.inference.people import Colours, PeopleTracker, colours_of, is_cut, thumbnail
 from vnaw_pipeline.processes import process_state
@@ -145,7 +145,7 @@ def open_models(config: PipelineConfig, encoder: str | None, run: Run | None) ->
 
     Raises:
         CheckpointError: the run was trained on the features of another encoder; weights that cannot be read.
-        ConfigError: neither a run nor a head of the encoder names expressions.
+        ConfigError: neither a run nor a head of the encoder names expressions; the backend is not installed.
     """
     if run is not None and run.task.kind != "classes":
         raise ConfigError(
@@ -156,18 +156,20 @@ def open_models(config: PipelineConfig, encoder: str | None, run: Run | None) ->
         wanted = encoder_of_weights(encoder or DEFAULT_ENCODER)
     detector = load_detector(config.crop, threads=1)
     loaded = load_encoder(wanted, config.seed)
-    device = process_state().device
-    precision = resolve_precision(config.extract.precision, device)
+    backend, precision = config.extract.backend, config.extract.precision
     if run is not None:
         _check_features(run, loaded, crop_settings(detector, config.crop)["crop_set"])
-        precision = run.header["features"]["precision"]  # the numbers that its model was trained on
+        features = run.header["features"]  # the numbers that its model was trained on
+        backend, precision = features.get("backend", "torch"), features["precision"]
     elif loaded.head is None:
         raise ConfigError(
             f"The encoder {wanted.weights} has no head that names expressions. Give a run of `vnaw train` on its "
             "features with --run-dir, or an encoder with a head (`vnaw finetune` writes one)."
         )
-    with one_core_per_forward(device) as forwards:
-        yield Models(config, detector, loaded, make_encode(loaded, precision, device, forwards), run)
+    arithmetic = resolve_arithmetic(backend, precision, process_state().device)
+    with one_core_per_forward(arithmetic.device) as forwards:
+        encode = make_encode(loaded, arithmetic, forwards, config.extract.batch_frames)
+        yield Models(config, detector, loaded, encode, run)
 
 
 def _check_features(run: Run, encoder: Encoder, crop_set: str) -> None:
@@ -178,8 +180,7 @@ def _check_features(run: Run, encoder: Encoder, crop_set: str) -> None:
             f"{run.folder.path} was trained on features that `vnaw import` took over, and no encoder here makes them. "
             "Give a run that was trained on features of `vnaw extract`."
         )
-    made = {"crops": trained["crops"], "precision": trained["precision"], **encoder.fingerprint()}
-    if unlike := differences(made, trained):
+    if unlike := differences({**trained, **encoder.fingerprint()}, trained):
         raise CheckpointError(
             f"{run.folder.path} was trained on the features of another encoder (found here, wanted by the run): "
             f"{'; '.join(unlike)}. Name the run's encoder with --encoder."
@@ -235,16 +236,13 @@ def _look(frame: Frame, models: Models, clock: Clock) -> _Look:
 
 
 def _encode(batch: list[_Look], models: Models, clock: Clock) -> npt.NDArray[np.float16]:
-    """Embeddings (n, D) of all faces of the frames; each forward pass is padded to the same size."""
-    side, size = models.encoder.preprocessing.input_px, models.config.extract.batch_frames
+    """Embeddings (n, D) of all faces of the frames."""
+    size = models.config.extract.batch_frames
     pixels = [image for look in batch for image in look.pixels]
     embeddings = np.zeros((len(pixels), models.encoder.embedding_dim), np.float16)
     with clock("encode"):
         for start in range(0, len(pixels), size):
-            chosen = pixels[start : start + size]
-            padded = np.zeros((size, side, side, 3), np.uint8)
-            padded[: len(chosen)] = chosen
-            embeddings[start : start + size] = models.encode(padded)[: len(chosen)]
+            embeddings[start : start + size] = models.encode(np.stack(pixels[start : start + size]))
     return embeddings
 
 

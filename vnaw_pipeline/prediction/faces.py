@@ -13,8 +13,8 @@ import torch
 from vnaw_pipeline.errors import CheckpointError, DataError
 from vnaw_pipeline.facesets.faces import FaceSet, Split
 from vnaw_pipeline.facesets.read import read_faces
-from vnaw_pipeline.features.encode import make_encode, one_core_per_forward
-from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_encoder, resolve_precision
+from vnaw_pipeline.features.backends import make_encode, one_core_per_forward, resolve_arithmetic
+from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_encoder
 from vnaw_pipeline.metrics import ExpressionScores, expression_scores
 from vnaw_pipeline.processes import process_state
 from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL
@@ -85,13 +85,13 @@ def load_classifier(weights: str | Path) -> Encoder:
 
 def classify(encoder: Encoder, faces: FaceSet, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """Probabilities (N, K) of the chosen faces (N,), by the encoder's head."""
-    device = process_state().device
+    arithmetic = resolve_arithmetic("auto", "auto", process_state().device)
     side = encoder.preprocessing.input_px
     assert encoder.head is not None
     head = encoder.head
 
-    with one_core_per_forward(device) as forwards, ThreadPoolExecutor(forwards) as pool:
-        encode = make_encode(encoder, resolve_precision("auto", device), device, forwards)
+    with one_core_per_forward(arithmetic.device) as forwards, ThreadPoolExecutor(forwards) as pool:
+        encode = make_encode(encoder, arithmetic, forwards, _BATCH_FACES)
 
         @torch.inference_mode()
         def run(part: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
