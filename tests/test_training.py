@@ -343,8 +343,9 @@ def test_a_frame_is_learnt_with_the_label_on_its_own_line_and_a_window_has_one_s
     seen: list[torch.Tensor] = []
 
     def recorded(*arguments: Any) -> WindowBatch:
-        batches.append(gather_windows(*arguments))
-        return batches[-1]
+        batch = gather_windows(*arguments)
+        batches.append(batch._replace(embeddings=batch.embeddings.clone()))  # erasing changes the batch itself
+        return batch
 
     def see(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         if isinstance(module, TemporalModel) and module.training:
