@@ -257,6 +257,6 @@ def test_each_window_is_gathered_in_the_view_that_was_drawn_for_it() -> None:
         ["a"], plain, torch.ones(7).bool(), torch.tensor([0, 6]), {"mirror": -plain, "erase0": 10 * plain}
     )
     rows = torch.tensor([[1, 2], [3, 6], [4, 5]])
-    views, drawn = ["erase0", "plain", "mirror"], torch.tensor([2, 0, 1])
+    views, drawn = ["erase0", "plain", "mirror"], [2, 0, 1]
     found = gather_windows(bank, {}, rows, torch.zeros(3, dtype=torch.int64), views, drawn)
     assert found.embeddings[..., 0].tolist() == [[-1, -2], [30, 0], [4, 5]]

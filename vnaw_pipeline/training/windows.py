@@ -219,7 +219,7 @@ class WindowDraw(NamedTuple):
     rows: Tensor
     video: Tensor
     keep: Tensor
-    view: Tensor
+    view: list[int]
     words: MaskWords
     step_units: dict[TaskName, int]
 
@@ -271,7 +271,7 @@ class Drawing:
             view = torch.randint(len(windows.views), (count,), generator=augmentation)
             units = {each.name: count_units(each, self.row_labels[each.name][rows], config) for each in config.tasks}
             yield [
-                WindowDraw(rows[part], plan.video[part], keep[part], view[part], words.select(part), units)
+                WindowDraw(rows[part], plan.video[part], keep[part], view[part].tolist(), words.select(part), units)
                 for part in split_step(
                     torch.arange(count), state.process_index, state.num_processes, config.train.accumulation
                 )

@@ -34,20 +34,19 @@ def gather_windows(
     rows: Tensor,
     video: Tensor,
     views: Sequence[str] = (PLAIN,),
-    drawn: Tensor | None = None,
+    drawn: Sequence[int] = (),
 ) -> WindowBatch:
     """Look up bank rows (B, P) of windows of the videos (B,); `row_labels` are (N + 1, ...) for each task.
 
     What is drawn comes from the host, the batch lies on the bank's device; nothing waits for what that still has to do.
-    Of several views, window b is seen in `views[drawn[b]]`; drawn int64 (B,).
+    Of several views, window b is seen in `views[drawn[b]]`.
     """
     device_rows, video = put(rows, bank.device), put(video, bank.device)
     frame_index = (device_rows - bank.first[video][:, None]).masked_fill(device_rows == bank.zero_row, -1)
     embeddings = gather_view(bank, views[0], rows)
-    if drawn is not None:
-        for number, view in enumerate(views[1:], start=1):
-            chosen = (drawn == number).nonzero().squeeze(1)
-            embeddings.index_copy_(0, put(chosen, bank.device), gather_view(bank, view, rows[chosen]))
+    for number, view in enumerate(views[1:], start=1):
+        chosen = torch.tensor([window for window, of in enumerate(drawn) if of == number], dtype=torch.int64)
+        embeddings.index_copy_(0, put(chosen, bank.device), gather_view(bank, view, rows[chosen]))
     return WindowBatch(
         embeddings=embeddings,
         valid=bank.valid[device_rows],
