@@ -113,10 +113,12 @@ import os, resource, sys
 from pathlib import Path
 import torch
 from vnaw_pipeline.config import PipelineConfig
-from vnaw_pipeline.processes import keep_freed_memory
+from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.training.windows import train_windows
 
 place, limit, *paths = sys.argv[1:]
+open_store(paths[2]).valid("a")  # starts Zarr's threads, whose stacks are memory too
+torch.ones(100, 100, requires_grad=True).mm(torch.ones(100, 100)).sum().backward()
 config = PipelineConfig.model_validate({
     "bank": place,
     "windows": {"window_frames": 50, "train_stride": 50, "predict_stride": 50},

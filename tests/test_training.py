@@ -410,7 +410,7 @@ def test_accumulation_and_processes_change_nothing(
     train(drawn, drawn_store, tmp_path / "one", config)
     train(drawn, drawn_store, tmp_path / "parts", changed(config, "train", accumulation=2))
     config_path = tmp_path / "config.yaml"
-    config_path.write_text(dump_config(config))
+    config_path.write_text(dump_config(config.model_copy(update={"bank": "mapped"})))  # one file for both
     options = {
         "--manifest": drawn.manifest_path,
         "--annotations": drawn.annotations,
