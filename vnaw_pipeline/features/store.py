@@ -134,8 +134,8 @@ class FeatureStore:
         return np.asarray(self._array(VALID, unit.video_id)[unit.start : unit.stop])
 
     def lengths(self, video_ids: Sequence[str], views: Iterable[str] = (PLAIN,)) -> list[int]:
-        """Frames of each of the videos, from the text of the arrays' descriptions: to open an array takes fifty times
-        as long, which for hundreds of videos is more than to read them.
+        """Frames of each of the videos, from the text of the arrays' descriptions: to open hundreds of arrays takes
+        longer than to read what is in them.
 
         Raises:
             StoreError: a video is not there in all of the views.
@@ -156,7 +156,7 @@ class FeatureStore:
         """Read a view of a video into rows of a larger array: float16 (T, D), or of `VALID` bool (T,).
 
         What is not compressed lies in a chunk's file as it does in memory, so it is read to its place at the speed of a
-        copy; by way of Zarr it took twenty times as long.
+        copy; Zarr reads into an array of its own first.
 
         Raises:
             StoreError: a chunk is not there, or not there in full.
