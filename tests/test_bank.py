@@ -158,7 +158,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def train_wide(wide: list[str], run: Path, place: str, limit: int) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-c", WIDE, place, str(limit), *wide, str(run)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=180)
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=600)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory as Linux has them")
