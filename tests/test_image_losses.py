@@ -241,21 +241,29 @@ def test_concordance_is_lins() -> None:
         / (x[:, c].var() + y[:, c].var() + (x[:, c].mean() - y[:, c].mean()) ** 2)
         for c in range(2)
     ]  # fmt: skip
-    np.testing.assert_allclose(concordance(torch.from_numpy(x), torch.from_numpy(y)).numpy(), wanted, rtol=1e-10)
-    torch.testing.assert_close(concordance(torch.from_numpy(x), torch.from_numpy(x)), torch.ones(2).double())
-    assert (concordance(torch.zeros(5, 2), torch.zeros(5, 2)) == 0).all()
+    predicted, truth, used = torch.from_numpy(x), torch.from_numpy(y), torch.ones(50, dtype=torch.bool)
+    np.testing.assert_allclose(concordance(predicted, truth, used).numpy(), wanted, rtol=1e-10)
+    torch.testing.assert_close(concordance(predicted, predicted, used), torch.ones(2).double())
+    assert (concordance(torch.zeros(50, 2), torch.zeros(50, 2), used) == 0).all()
+    used[30:] = False
+    torch.testing.assert_close(
+        concordance(predicted, truth, used), concordance(predicted[:30], truth[:30], used[:30]), rtol=1e-12, atol=0
+    )
 
 
 def test_affect_and_unit_losses_leave_out_what_is_not_annotated() -> None:
     predicted = torch.tensor([[0.1, 0.2], [0.5, -0.5], [0.9, 0.9]], requires_grad=True)
     truth = torch.tensor([[0.2, 0.1], [0.4, -0.6], [torch.nan, 0.0]])
     loss = affect_loss(predicted, truth)
-    wanted = (1 - concordance(predicted[:2], truth[:2])).mean() + 0.1
+    wanted = (1 - concordance(predicted[:2], truth[:2], torch.tensor([True, True]))).mean() + 0.1
     torch.testing.assert_close(loss, wanted)
     loss.backward()
     assert predicted.grad is not None
     assert (predicted.grad[2] == 0).all()
     assert affect_loss(predicted, torch.full((3, 2), torch.nan)).item() == 0
+    predicted.grad = None
+    affect_loss(predicted, torch.full((3, 2), torch.nan)).backward()
+    assert (predicted.grad == 0).all()
 
     logits = torch.tensor([[0.0, 2.0], [-1.0, 9.0]], requires_grad=True)
     units = torch.tensor([[1, 0], [0, -1]], dtype=torch.int8)

@@ -129,14 +129,17 @@ def test_a_run_gives_what_predict_gives(
 
 @pytest.mark.parametrize("num_frames", [7, 40, 41, 60, 100, 133])
 def test_blocks_hold_every_window_of_their_frames(num_frames: int) -> None:
-    from vnaw_pipeline.windows.plan import window_starts
+    from vnaw_pipeline.windows.plan import plan_windows
+
+    def window_starts(of_video: int) -> list[int]:
+        return plan_windows(torch.tensor([of_video]), 40, 20).start.tolist()
 
     windows = WindowConfig(window_frames=40, predict_stride=20)
-    whole = window_starts(num_frames, 40, 20)
+    whole = window_starts(num_frames)
     for start in range(0, num_frames, 16):
         stop = min(start + 16, num_frames)
         low, high = answers.window_span(start, stop, num_frames, windows)
-        block = [low + first for first in window_starts(high - low, 40, 20)]
+        block = [low + first for first in window_starts(high - low)]
         assert [s for s in block if s + 40 > start and s < stop] == [s for s in whole if s + 40 > start and s < stop]
 
 

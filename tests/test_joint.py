@@ -28,7 +28,7 @@ from vnaw_pipeline.runs import open_run
 from vnaw_pipeline.tasks import SPLIT_DIRS, TASKS, TaskName
 from vnaw_pipeline.training.frames import finetune_encoder
 from vnaw_pipeline.training.labels import LabelledBank
-from vnaw_pipeline.training.windows import _epoch_steps, train_windows, training_plan
+from vnaw_pipeline.training.windows import Drawing, gather_draw, train_windows, training_plan
 
 EXPR, VA, AU = TASKS["expr8"], TASKS["va"], TASKS["au"]
 ALL = (EXPR, VA, AU)
@@ -239,8 +239,9 @@ def test_windows_that_only_a_further_task_labels_are_drawn_in_their_share() -> N
     train = LabelledBank(bank, {"expr8": classes, "va": affect})
     plan = training_plan(train, config)
     assert len(plan) == 8
-    ((batch,),) = _epoch_steps(train, plan, config, 4000, epoch=0)
-    assert batch.step_units["va"] == count_units(VA, batch.labels["va"], config) > 0
+    ((draw,),) = Drawing(train, plan, config).steps(epoch=0)
+    batch = gather_draw(train, draw, config)
+    assert draw.step_units["va"] == count_units(VA, batch.labels["va"], config) > 0
     drawn = batch.labels["expr8"].amax(dim=1)
     # Shares of 4,000 draws deviate by less than .008 (one sigma).
     for label, share in ((-1, 0.5), (1, 0.25), (5, 0.25)):

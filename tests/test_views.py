@@ -203,7 +203,7 @@ def test_a_mended_crop_changes_every_view_that_the_store_has(
 
 def test_the_bank_holds_the_views_asked_for(viewed: Path) -> None:
     store = open_store(viewed)
-    bank = open_bank(store, shown=False, views=("erase1", "mirror")).to(torch.device("cpu"))
+    bank = open_bank(store, shown=False, views=("erase1", "mirror"))
     assert set(bank.other_views) == {"erase1", "mirror"}
     for view in (PLAIN, "erase1", "mirror"):
         wanted = np.concatenate([store.embeddings(video_id, view) for video_id in bank.video_ids])

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vnaw_pipeline.errors import ConfigError, listing
 from vnaw_pipeline.tasks import TASKS, Task, TaskName
 
+BankPlace = Literal["device", "memory", "mapped"]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -353,6 +355,8 @@ class TrainConfig(_Section):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Accelerate's mixed precision."""
+    compile: bool = False
+    """Let torch.compile make code for this model and device first, which takes a minute or so; needs a C++ compiler."""
     tracker: Literal["tensorboard"] | None = None
     """Experiment tracker; metrics.jsonl is written in any case."""
 
@@ -407,6 +411,9 @@ class PipelineConfig(_Section):
     """Tasks learnt beside it by one temporal model, each with the weight of its loss; a frame may be labelled for any
     of them."""
     seed: int = Field(default=0, ge=0)
+    bank: BankPlace = "device"
+    """Where the features lie while the temporal model trains: on its device, in the machine's memory, or in a file that
+    is mapped into it. What does not fit goes to the next one. No number depends on it; a run may go on elsewhere."""
     crop: CropConfig = CropConfig()
     encoder: EncoderConfig = EncoderConfig()
     pretrain: PretrainConfig = PretrainConfig()

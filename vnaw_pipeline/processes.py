@@ -2,14 +2,17 @@
 
 import atexit
 import ctypes
+import math
 import os
 import socket
 import sys
 import threading
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -190,6 +193,41 @@ def keep_freed_memory() -> None:
 def cpu_share() -> int:
     """How many CPU cores this process may use, when those of one machine share them evenly; at least 1."""
     return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def memory_share() -> int:
+    """How many bytes of memory this process may still take, when those of one machine share it evenly."""
+    return int(min(psutil.virtual_memory().available, cgroup_room())) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def cgroup_room(root: Path = Path("/")) -> float:
+    """Bytes below the tightest memory limit of the control groups that this process is in, those of a container or of a
+    batch job; infinite where there is none. Cached pages of files count as free: they go when memory is needed.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except FileNotFoundError:  # not Linux
+        return math.inf
+    room = math.inf
+    for _, controllers, group in (line.split(":", 2) for line in lines):
+        if controllers not in ("", "memory"):
+            continue
+        is_v2 = controllers == ""
+        limit, used = ("max", "current") if is_v2 else ("limit_in_bytes", "usage_in_bytes")
+        top = root / "sys/fs/cgroup" / controllers
+        folder = top / group.strip("/")
+        for place in (folder, *folder.parents):
+            if place.is_relative_to(top) and (place / f"memory.{limit}").is_file():
+                text = (place / f"memory.{limit}").read_text().strip()
+                if text != "max":
+                    room = min(room, int(text) - int((place / f"memory.{used}").read_text()) + _cached(place, is_v2))
+    return room
+
+
+def _cached(cgroup: Path, is_v2: bool) -> int:
+    of_all = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    prefix = "" if is_v2 else "total_"
+    return int(of_all[f"{prefix}inactive_file"]) + int(of_all[f"{prefix}active_file"])
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ class TemporalModel(nn.Module):
         for block in self.tcn:
             hidden = block(hidden, valid)
         if self.config.position == "sinusoidal":
-            hidden = hidden + sinusoidal_positions(hidden.shape[1], hidden.shape[2]).to(hidden)
+            hidden = hidden + sinusoidal_positions(hidden.shape[1], hidden.shape[2], hidden.device).to(hidden)
         hidden = self.encoder(hidden, attention_mask(valid, causal=self.config.causal))
         logits: Tensor = self.head(hidden)
         return logits
@@ -172,9 +172,9 @@ def rotate(heads: Tensor) -> Tensor:
     return torch.cat([x * cos - y * sin, x * sin + y * cos], dim=-1).to(heads.dtype)
 
 
-def sinusoidal_positions(num_frames: int, width: int) -> Tensor:
+def sinusoidal_positions(num_frames: int, width: int, device: torch.device | None = None) -> Tensor:
     """Fixed position codes (P, width): sines in the even channels, cosines in the odd ones (Vaswani et al. 2017)."""
-    position = torch.arange(num_frames)[:, None]
-    channel = torch.arange(width)[None, :]
+    position = torch.arange(num_frames, device=device)[:, None]
+    channel = torch.arange(width, device=device)[None, :]
     angle = position / 10_000 ** ((channel - channel % 2) / width)
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos())

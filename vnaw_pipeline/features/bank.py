@@ -1,24 +1,46 @@
-"""The feature bank: all frames a run needs, resident, so that a window is a gather and not a read."""
+"""The feature bank: all frames a run needs, so that a window is a gather and not a read.
 
+It lies on the device that computes, in the machine's memory, or in a file that is mapped into memory, of which a gather
+touches its own rows alone: the first of these that it fits into. The file is written by each run that needs it and has
+no name any more once it is mapped: it is never another store's, and nobody has to remove it, also after a kill. Writing
+it takes as long as one pass over the embeddings.
+"""
+
+import math
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vnaw_pipeline.features.store import FeatureStore
+from vnaw_pipeline.config import BankPlace
+from vnaw_pipeline.errors import StoreError
+from vnaw_pipeline.features.store import VALID, FeatureStore
 from vnaw_pipeline.features.views import PLAIN
+from vnaw_pipeline.processes import cpu_share, gather_all, memory_share, process_state
 from vnaw_pipeline.stages import progress_bar
+
+_PLACES: tuple[BankPlace, ...] = ("device", "memory", "mapped")
+_SHARE = {"device": 0.5, "memory": 0.8}
+"""Of what is free, the most that a bank takes: a model with its activations needs the rest of a device."""
 
 
 @dataclass(frozen=True)
 class FeatureBank:
     """Frames of several videos, end to end, and one row of zeros at the end for positions without a frame.
 
-    `embeddings` float16 (N + 1, D) and `valid` bool (N + 1,) lie on one device; `first` int64 (V + 1,) is the row of
+    `embeddings` float16 (N + 1, D) and `valid` bool (N + 1,); `first` int64 (V + 1,) is the row of
     each video's first frame, `first[V] = N`. `video_ids` names the videos in that order. `other_views` are further
-    embeddings (N + 1, D) of the same frames, by view; `embeddings` is the plain one.
+    embeddings (N + 1, D) of the same frames, by view; `embeddings` is the plain one. `valid` and `first` lie on the
+    device that computes, the embeddings there too or on the host.
     """
 
     video_ids: list[str]
@@ -46,35 +68,99 @@ class FeatureBank:
         """Row of zeros, never valid."""
         return self.embeddings.shape[0] - 1
 
-    def to(self, device: torch.device) -> "FeatureBank":
-        """The bank on another device (itself if it is there)."""
-        others = {name: tensor.to(device) for name, tensor in self.other_views.items()}
-        return FeatureBank(
-            self.video_ids, self.embeddings.to(device), self.valid.to(device), self.first.to(device), others
-        )
+    @property
+    def device(self) -> torch.device:
+        """Where windows of the bank are computed on."""
+        return self.valid.device
 
 
 def open_bank(
-    store: FeatureStore, video_ids: list[str] | None = None, shown: bool = True, views: Sequence[str] = (PLAIN,)
+    store: FeatureStore,
+    video_ids: list[str] | None = None,
+    shown: bool = True,
+    views: Sequence[str] = (PLAIN,),
+    *,
+    device: torch.device | None = None,
+    place: BankPlace = "device",
 ) -> FeatureBank:
-    """Read whole videos from a store into memory: N frames of width D take 2 N D bytes a view. Plain is always read.
+    """Read whole videos from a store: N frames of width D take 2 N D bytes a view. Plain is always read.
+
+    `device` (None: the CPU) is where windows will be computed on. A bank that does not fit into `place` goes to the
+    next one, from the device to memory to a mapped file, and says so. All processes of a run open it together; those of
+    one machine share a mapped file.
 
     Raises:
-        StoreError: a view or a video is missing or not complete.
+        StoreError: a view or a video is missing or not complete; no room for a mapped file.
     """
     views = (PLAIN, *(view for view in views if view != PLAIN))
     video_ids = store.video_ids() if video_ids is None else video_ids
-    store.require(video_ids, views)
-    first = np.concatenate([[0], np.cumsum([store.num_frames(video_id) for video_id in video_ids])]).astype(np.int64)
-    total = int(first[-1])
-    embeddings = {view: np.empty((total + 1, store.embedding_dim), dtype=np.float16) for view in views}
-    valid = np.empty(total + 1, dtype=np.bool_)
-    valid[total] = False
-    with progress_bar("load features", total * len(views), shown=shown) as bar:
-        for view, rows in embeddings.items():
-            rows[total] = 0
-            for video_id, start, stop in zip(video_ids, first[:-1], first[1:], strict=True):
-                store.read_into(video_id, rows[start:stop], valid[start:stop], view)
-                bar.advance(int(stop - start))
-    tensors = {view: torch.from_numpy(rows) for view, rows in embeddings.items()}
-    return FeatureBank(video_ids, tensors.pop(PLAIN), torch.from_numpy(valid), torch.from_numpy(first), tensors)
+    device = device or torch.device("cpu")
+    try:
+        first = np.concatenate([[0], np.cumsum(store.lengths(video_ids, views))]).astype(np.int64)
+        total = int(first[-1])
+        shape = (len(views), total + 1, store.embedding_dim)
+        place = _first_that_fits(place, 2 * math.prod(shape), device, shown)
+        tables = dict(zip(views, _allocate(place, shape, device), strict=True))
+        valid = torch.zeros(total + 1, dtype=torch.bool)
+        to_fill = tables if place != "mapped" or process_state().is_local_main_process else {}
+
+        def read(source: tuple[str, Tensor, int]) -> int:
+            view, table, video = source
+            rows = table[first[video] : first[video + 1]]
+            host = rows if rows.device.type == "cpu" else torch.empty_like(rows, device="cpu")
+            store.read_into(video_ids[video], host.numpy(), view)
+            if host is not rows:
+                rows.copy_(host)
+            return 0 if view == VALID else len(rows)
+
+        sources = [(*of, video) for video in range(len(video_ids)) for of in {**to_fill, VALID: valid}.items()]
+        with (
+            progress_bar("load features", total * len(to_fill), shown=shown) as bar,
+            ThreadPoolExecutor(cpu_share()) as pool,
+        ):
+            for count in pool.map(read, sources):
+                bar.advance(count)
+        for table in to_fill.values():
+            table[total] = 0
+    except StoreError:
+        store.require(video_ids, views)  # says all that is missing
+        raise
+    if place == "mapped":
+        process_state().wait_for_everyone()
+    plain = tables.pop(PLAIN)
+    return FeatureBank(video_ids, plain, valid.to(device), torch.from_numpy(first).to(device), tables)
+
+
+def _first_that_fits(wanted: BankPlace, size: int, device: torch.device, shown: bool) -> BankPlace:
+    """Where a bank of so many bytes goes; every process decides alike, since they share a mapped file."""
+    free = {"memory": memory_share()}
+    if device.type == "cuda":
+        free["device"] = torch.cuda.mem_get_info(device)[0]
+    for place in _PLACES[_PLACES.index(wanted) :]:
+        if place == "mapped" or (place in free and all(gather_all([size <= _SHARE[place] * free[place]]))):
+            break
+        if place in free and shown:
+            sys.stderr.write(
+                f"The features, {size / 1e9:.3g} GB, do not fit into {_SHARE[place]:.0%} of the {place}'s free "
+                f"{free[place] / 1e9:.3g} GB; trying {_PLACES[_PLACES.index(place) + 1]}.\n"
+            )
+    return place
+
+
+def _allocate(place: BankPlace, shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """An array of float16, not filled; a mapped one is the same in all processes of a machine."""
+    if place == "device":
+        return torch.empty(shape, dtype=torch.float16, device=device)
+    if place == "memory":
+        return torch.from_numpy(np.empty(shape, dtype=np.float16))  # NumPy asks for large pages
+    folder, size = tempfile.gettempdir(), 2 * math.prod(shape)
+    if size > (free := shutil.disk_usage(folder).free):
+        raise StoreError(
+            f"The features, {size / 1e9:.3g} GB, are to be mapped from a file in {folder}, where {free / 1e9:.3g} GB "
+            "are free. Set TMPDIR to a folder on a local disk with more."
+        )
+    path = Path(folder) / f"vnaw_bank.{gather_all([secrets.token_hex(8)])[0]}.{socket.gethostname()}"
+    rows = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float16)
+    process_state().wait_for_everyone()  # all have mapped it: it lives on without a name
+    path.unlink(missing_ok=True)
+    return rows.view(shape)

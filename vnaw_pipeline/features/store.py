@@ -6,6 +6,8 @@ recipe that made it from the same input; a view may be added later. One chunk of
 it is written whole, `valid` first, by one process; it is done if and only if its embeddings are there.
 """
 
+import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +30,8 @@ from vnaw_pipeline.provenance import differences, is_partial, write_bytes
 CHUNK_FRAMES = 4096
 IMPORTED = "imported"
 """Key of a fingerprint whose embeddings no encoder of ours made."""
-_VALID = "valid"
+VALID = "valid"
+"""Folder of what tells which frames have an embedding; read like a view."""
 _FORMAT = 2
 
 
@@ -78,13 +81,13 @@ class FeatureStore:
         rows, dim = min(num_frames, CHUNK_FRAMES), self.embedding_dim
         held = [view for view in self.views if self.has_video(video_id, view)]
         if found := {self.num_frames(video_id, view) for view in held} - {num_frames}:
-            folders = ", ".join(str(self.path / folder / video_id) for folder in (_VALID, *held))
+            folders = ", ".join(str(self.path / folder / video_id) for folder in (VALID, *held))
             raise StoreError(
                 f"{self.path} holds '{video_id}' with {found.pop()} frames, the manifest says {num_frames}. "
                 f"Remove {folders} to make it again."
             )
         if PLAIN not in held:
-            self._make_array(_VALID, video_id, (num_frames,), "bool", (rows,))
+            self._make_array(VALID, video_id, (num_frames,), "bool", (rows,))
         for view in views:
             if view not in held:
                 self._make_array(view, video_id, (num_frames, dim), "float16", (rows, dim))
@@ -121,7 +124,7 @@ class FeatureStore:
 
     def write_unit(self, unit: Unit, embeddings: npt.NDArray[np.float16], valid: npt.NDArray[np.bool_]) -> None:
         """Write one chunk: embeddings (stop - start, D), valid (stop - start,). Each object is there whole or not."""
-        for view, rows in ((_VALID, valid), (unit.view, embeddings)):
+        for view, rows in ((VALID, valid), (unit.view, embeddings)):
             # A chunk of zeros must be written like any other: that it is there is what says 'done'.
             array = self._array(view, unit.video_id).with_config({"write_empty_chunks": True})
             reach(self.path, partial(array.__setitem__, slice(unit.start, unit.stop), rows))
@@ -138,22 +141,55 @@ class FeatureStore:
     def valid(self, video_id: str) -> npt.NDArray[np.bool_]:
         """Which frames of a video have an embedding, (T,); in all its views."""
         self.require([video_id])
-        return np.asarray(self._rows(_VALID, video_id, slice(None)))
+        return np.asarray(self._rows(VALID, video_id, slice(None)))
 
     def valid_in(self, unit: Unit) -> npt.NDArray[np.bool_]:
         """Which frames of a chunk that is there have an embedding, (stop - start,)."""
-        return np.asarray(self._rows(_VALID, unit.video_id, slice(unit.start, unit.stop)))
+        return np.asarray(self._rows(VALID, unit.video_id, slice(unit.start, unit.stop)))
 
-    def read_into(
-        self,
-        video_id: str,
-        embeddings: npt.NDArray[np.float16],
-        valid: npt.NDArray[np.bool_],
-        view: str = PLAIN,
-    ) -> None:
-        """Read a video into rows of larger arrays: embeddings (T, D), valid (T,). The view must be complete."""
-        embeddings[:] = self._rows(view, video_id, slice(None))
-        valid[:] = self._rows(_VALID, video_id, slice(None))
+    def lengths(self, video_ids: Sequence[str], views: Iterable[str] = (PLAIN,)) -> list[int]:
+        """Frames of each of the videos.
+
+        Raises:
+            StoreError: a video is not there in all of the views.
+        """
+        of_views = [[self._length(view, video_id) for video_id in video_ids] for view in views]
+        return of_views[0]
+
+    def _length(self, view: str, video_id: str) -> int:
+        if not isinstance(self.path, Path):
+            return self.num_frames(video_id, view)
+        try:  # to open hundreds of arrays takes longer than to read what is in them
+            length: int = json.loads((self.path / view / video_id / "zarr.json").read_bytes())["shape"][0]
+        except FileNotFoundError as error:
+            raise StoreError(f"{self.path} has no {error.filename}. Run `vnaw extract` (again).") from error
+        return length
+
+    def read_into(self, video_id: str, rows: npt.NDArray[Any], view: str = PLAIN) -> None:
+        """Read a view of a video into rows of a larger array: float16 (T, D), or of `VALID` bool (T,).
+
+        What is not compressed lies in a chunk's file as it does in memory, so it is read to its place at the speed of a
+        copy; Zarr, which reads from S3, reads into an array of its own first.
+
+        Raises:
+            StoreError: a chunk is not there, or not there in full.
+        """
+        if not isinstance(self.path, Path):
+            self.require([video_id], [] if view == VALID else [view])
+            rows[:] = self._rows(view, video_id, slice(None))
+            return
+        step = min(len(rows), CHUNK_FRAMES)
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            chunk = self.path / view / video_id / "c" / "/".join([str(start // step), *["0"] * (rows.ndim - 1)])
+            try:
+                with chunk.open("rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    if size != step * rows[0].nbytes:  # the last chunk is stored padded
+                        raise StoreError(f"{chunk} has {size} bytes, expected {step * rows[0].nbytes}. Extract again.")
+                    file.readinto(part.data)
+            except FileNotFoundError as error:
+                raise StoreError(f"{chunk} is missing. Extract again.") from error
 
     def require(self, video_ids: Sequence[str], views: Iterable[str] = (PLAIN,)) -> None:
         """Raise StoreError unless every one of the videos is there in full, in every one of the views."""

@@ -6,14 +6,17 @@ from torch import Tensor
 _LEAST_VARIANCE = 1e-6
 
 
-def concordance(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Concordance correlation per column, (B, C) twice -> (C,), in [-1, 1] (Lin 1989); population moments.
+def concordance(predicted: Tensor, truth: Tensor, used: Tensor) -> Tensor:
+    """Concordance correlation per column over the rows that are used, (B, C) twice and bool (B,) -> (C,), in [-1, 1]
+    (Lin 1989); population moments.
 
     Where neither varies it is 0 unless their means agree: a constant tells nothing.
     """
-    mean, true_mean = predicted.mean(dim=0), truth.mean(dim=0)
-    covariance = ((predicted - mean) * (truth - true_mean)).mean(dim=0)
-    spread = predicted.var(dim=0, unbiased=False) + truth.var(dim=0, unbiased=False) + (mean - true_mean).square()
+    share = (used.to(predicted) / used.sum().clamp(min=1))[:, None]
+    mean, true_mean = (share * predicted).sum(dim=0), (share * truth).sum(dim=0)
+    off, true_off = predicted - mean, truth - true_mean
+    covariance = (share * off * true_off).sum(dim=0)
+    spread = (share * (off.square() + true_off.square())).sum(dim=0) + (mean - true_mean).square()
     return 2 * covariance / spread.clamp(min=_LEAST_VARIANCE)
 
 
@@ -25,7 +28,7 @@ def affect_loss(predicted: Tensor, truth: Tensor) -> Tensor:
         truth: (B, 2), NaN where there is none. Without any annotated row the loss is 0.
     """
     used = ~truth.isnan().any(dim=1)
-    if not used.any():
-        return predicted.sum() * 0
-    predicted, truth = predicted[used].to(torch.promote_types(predicted.dtype, torch.float32)), truth[used]
-    return (1 - concordance(predicted, truth)).mean() + (predicted - truth).abs().mean()
+    predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32)).masked_fill(~used[:, None], 0)
+    truth = truth.masked_fill(~used[:, None], 0)
+    error = (predicted - truth).abs().sum() / (used.sum().clamp(min=1) * truth.shape[1])
+    return torch.where(used.any(), (1 - concordance(predicted, truth, used)).mean() + error, 0)

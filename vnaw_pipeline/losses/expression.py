@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vnaw_pipeline.config import LossConfig
 from vnaw_pipeline.losses.objectives import at_least_float32, jensen_shannon, unit_losses
@@ -51,23 +50,27 @@ def expression_loss(
     used = unit_labels != IGNORE_LABEL
     log_p = _unit_log_probabilities(logits, valid, used, config.level)
     if memory is not None and config.level == "window":
-        of_valid = memory[used] * valid[used][:, :, None]
-        memory = of_valid.sum(dim=1) / valid[used].sum(dim=1, keepdim=True)
+        memory = (memory * valid[:, :, None]).sum(dim=1) / valid.sum(dim=1, keepdim=True).clamp(min=1)
     elif memory is not None:
-        memory = memory.flatten(0, 1)[used]
-    targets = F.one_hot(unit_labels[used], logits.shape[-1]).to(log_p.dtype)
+        memory = memory.flatten(0, 1)
+    targets = (unit_labels[:, None] == torch.arange(logits.shape[-1], device=logits.device)).to(log_p.dtype)
     losses = unit_losses(log_p, targets, config, progress, class_weights=class_weights, memory=memory)
     if mirrored_logits is not None:
         mirrored = _unit_log_probabilities(mirrored_logits, valid, used, config.level)
         losses = losses + config.consistency * jensen_shannon(log_p, mirrored)
-    return losses.sum(), used.sum()
+    return torch.where(used, losses, 0).sum(), used.sum()
 
 
 def _unit_log_probabilities(logits: Tensor, valid: Tensor, used: Tensor, level: Literal["window", "frame"]) -> Tensor:
-    """Of the units that are used, (N, K): windows, or frames of all windows one after the other."""
+    """Of all units, (N, K): windows, or frames of all windows one after the other; uniform for those not used.
+
+    To pick out the used ones would make the host wait for their number; and what stands at the others must not get
+    into a gradient, not even as NaN times 0.
+    """
     if level == "window":
-        return window_log_probabilities(logits[used], valid[used])
-    return at_least_float32(logits.flatten(0, 1)[used]).log_softmax(dim=-1)
+        logits = logits.masked_fill(~(valid & used[:, None])[:, :, None], 0)
+        return window_log_probabilities(logits, valid | ~used[:, None])
+    return at_least_float32(logits.flatten(0, 1).masked_fill(~used[:, None], 0)).log_softmax(dim=-1)
 
 
 def window_log_probabilities(logits: Tensor, valid: Tensor) -> Tensor:

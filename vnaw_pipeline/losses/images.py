@@ -33,14 +33,13 @@ def image_loss(
         memory: (B, K), for `objective: elr`: each image's moving average, already updated with these predictions.
     """
     used = targets.sum(dim=1) > 0
-    log_p = at_least_float32(logits[used]).log_softmax(dim=1)
+    log_p = at_least_float32(logits.masked_fill(~used[:, None], 0)).log_softmax(dim=1)
     if config.transition is not None:
         # log sum_i p_i T_ij: what the label would be (Patrini et al. 2017, forward; Hendrycks et al. 2018)
         log_t = torch.tensor(config.transition, dtype=log_p.dtype, device=log_p.device).clamp(min=_LEAST_SHARE).log()
         log_p = (log_p[:, :, None] + log_t).logsumexp(dim=1)
-    memory = None if memory is None else memory[used]
-    losses = unit_losses(log_p, targets[used], config, progress, class_weights=class_weights, memory=memory)
-    return losses.sum(), used.sum()
+    losses = unit_losses(log_p, targets, config, progress, class_weights=class_weights, memory=memory)
+    return torch.where(used, losses, 0).sum(), used.sum()
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

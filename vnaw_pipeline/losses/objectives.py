@@ -34,7 +34,8 @@ def unit_losses(
     """The configured objective of each unit, smoothed and weighted as configured.
 
     Args:
-        log_p: (N, K), float32 at least. Leave units without a label out before calling.
+        log_p: (N, K), float32 at least.
+        targets: (N, K). The value of a unit without a target, a row of zeros, means nothing, but is finite.
         progress: share of training done, in [0, 1].
         class_weights: (K,), for `weighting: class | complement`, from `class_weights`.
         memory: (N, K), for `objective: elr`: each unit's moving average, already updated with these predictions.
@@ -116,9 +117,12 @@ def update_memory(memory: Tensor, index: Tensor, logits: Tensor) -> Tensor:
     """
     p = logits.detach().float().softmax(dim=1).clamp(1e-4, 1 - 1e-4)
     p = p / p.sum(dim=1, keepdim=True)
-    rows, place, counts = torch.unique(index, return_inverse=True, return_counts=True)
-    mean = torch.zeros_like(memory[rows]).index_add_(0, place, p) / counts[:, None]
-    memory[rows] = ELR_MOMENTUM * memory[rows] + (1 - ELR_MOMENTUM) * mean
+    # Equal rows stand together once sorted; torch.unique would make the host wait for how many differ.
+    rows, order = index.sort(stable=True)
+    place = torch.cat([torch.zeros_like(rows[:1]), (rows.diff() != 0).cumsum(0)])
+    sums = torch.zeros_like(p).index_add_(0, place, p[order])
+    counts = torch.zeros_like(p[:, :1]).index_add_(0, place, torch.ones_like(p[:, :1]))
+    memory[rows] = ELR_MOMENTUM * memory[rows] + (1 - ELR_MOMENTUM) * (sums / counts)[place]
     return memory[index]
 
 

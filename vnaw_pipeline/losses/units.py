@@ -26,13 +26,13 @@ def units_loss(
         class_weights: (U, 2), weights of absent and present.
     """
     used = truth != IGNORE_LABEL
-    logits = logits[used].to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.binary_cross_entropy_with_logits(logits, truth[used].to(logits.dtype), reduction="none")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(~used, 0)
+    losses = F.binary_cross_entropy_with_logits(logits, (truth == 1).to(logits.dtype), reduction="none")
     if config.objective == "focal":
         losses = losses * (1 - (-losses).exp()) ** _FOCAL_GAMMA
     if class_weights is not None:
-        losses = losses * torch.where(truth == 1, class_weights[:, 1], class_weights[:, 0])[used]
-    return losses.sum(), used.sum()
+        losses = losses * torch.where(truth == 1, class_weights[:, 1], class_weights[:, 0])
+    return torch.where(used, losses, 0).sum(), used.sum()
 
 
 def balanced_class_weights(truth: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def predict_videos(
     config = config or run.config.predict
     store = open_store(store_path)
     run.require_features(store)
-    bank = open_bank(store, video_ids, shown=state.is_main_process).to(state.device)
+    bank = open_bank(store, video_ids, shown=state.is_main_process, device=state.device)
     windows = run.config.windows
     num_windows = len(plan_windows(bank.num_frames.cpu(), windows.window_frames, windows.predict_stride))
     with progress_bar("predict", num_windows // state.num_processes, "windows", state.is_main_process) as bar:

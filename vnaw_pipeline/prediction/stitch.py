@@ -12,7 +12,7 @@ from vnaw_pipeline.config import WindowConfig
 from vnaw_pipeline.features.bank import FeatureBank
 from vnaw_pipeline.stages import Bar
 from vnaw_pipeline.tasks import Task, output_columns
-from vnaw_pipeline.windows.batches import gather_windows
+from vnaw_pipeline.windows.batches import gather_windows, put
 from vnaw_pipeline.windows.plan import plan_windows, window_rows
 
 Forward = Callable[[Tensor, Tensor], Tensor]
@@ -38,15 +38,16 @@ def stitch_predictions(
     not valid are what the model made of an empty place; fill them with `fill_gaps`.
     """
     plan = plan_windows(bank.num_frames.cpu(), windows.window_frames, windows.predict_stride)
-    device = bank.embeddings.device
-    rows = window_rows(plan, bank.first.cpu(), windows.window_frames, bank.zero_row)
+    device, first = bank.device, bank.first.cpu()
     total = torch.zeros(bank.zero_row + 1, sum(len(task.outputs) for task in tasks), device=device)
     counts = torch.zeros(bank.zero_row + 1, device=device)
     mine = torch.arange(len(plan))[process_index::num_processes]
     for chosen in mine.split(batch_windows) if len(mine) else ():  # there may be more processes than windows
-        batch = gather_windows(bank, {}, rows[chosen], plan.video[chosen])
+        of_batch = plan.select(chosen)
+        rows = window_rows(of_batch, first, windows.window_frames, bank.zero_row)
+        batch = gather_windows(bank, {}, rows, of_batch.video)
         predictions = predictions_of(forward(batch.embeddings, batch.valid).float(), tasks)
-        flat = rows[chosen].flatten().to(device)
+        flat = put(rows.flatten(), device)
         total.index_add_(0, flat, predictions.flatten(0, 1))
         counts.index_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))
         if bar is not None:

@@ -59,7 +59,7 @@ class LabelObjective:
         )
         if self.config.consistency:
             mirrored = model(images.flip(-1))[:, : logits.shape[1]]
-            divergence = jensen_shannon(logits, mirrored)[batch.targets.sum(dim=1) > 0].sum()
+            divergence = torch.where(batch.targets.sum(dim=1) > 0, jensen_shannon(logits, mirrored), 0).sum()
             total = (1 - self.config.consistency) * total + self.config.consistency * divergence
         return total, count, outputs
 

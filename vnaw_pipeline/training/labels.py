@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vnaw_pipeline.config import BankPlace
 from vnaw_pipeline.errors import DataError, StoreError
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.store import FeatureStore
@@ -79,9 +80,10 @@ def open_labelled_bank(
     tasks: Sequence[Task],
     split: str,
     views: Sequence[str] = (PLAIN,),
+    place: BankPlace = "device",
 ) -> LabelledBank:
-    """Bank, in the views asked for, and labels of those videos that any of the tasks has labels for; `split` is what
-    messages call them.
+    """Bank, in the views asked for, and labels of those videos that any of the tasks has labels for, on this
+    process's device, the bank in `place` if it fits; `split` is what messages call them.
 
     Raises:
         DataError: a task without a labelled frame, unusable annotations.
@@ -93,7 +95,7 @@ def open_labelled_bank(
     if not annotated:
         raise DataError(f"The manifest has no annotated videos in split '{split}'.")
     state = process_state()
-    bank = open_bank(store, annotated, shown=state.is_main_process, views=views)
+    bank = open_bank(store, annotated, shown=state.is_main_process, views=views, device=state.device, place=place)
     for video_id, found, wanted in zip(annotated, bank.num_frames.tolist(), lengths, strict=True):
         if found != wanted:
             raise StoreError(
@@ -108,4 +110,4 @@ def open_labelled_bank(
         row_labels[task.name] = torch.from_numpy(rows).to(state.device)
         if (row_labels[task.name].isnan() if task.kind == "affect" else row_labels[task.name] == IGNORE_LABEL).all():
             raise DataError(f"No frame of the split '{split}' has a label for task '{task.name}'.")
-    return LabelledBank(bank.to(state.device), row_labels)
+    return LabelledBank(bank, row_labels)

@@ -1,10 +1,13 @@
 """Stage `train`: the temporal model on windows. Reads a feature store, writes a run folder; a rerun goes on."""
 
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from vnaw_pipeline.config import PipelineConfig, WindowConfig
-from vnaw_pipeline.errors import DataError
+from vnaw_pipeline.config import PipelineConfig
+from vnaw_pipeline.errors import ConfigError, DataError
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.features.views import MIRROR, PLAIN
 from vnaw_pipeline.folds import fold_split
@@ -27,12 +30,19 @@ from vnaw_pipeline.prediction.predict import finish_probabilities
 from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.processes import process_state, sum_over_processes
 from vnaw_pipeline.stages import StageReport
-from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, output_columns
+from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, TaskName, output_columns
 from vnaw_pipeline.temporal import TemporalModel
 from vnaw_pipeline.training.labels import LabelledBank, open_labelled_bank
 from vnaw_pipeline.training.loop import Optimisation, Recipe, begin_run, fit, seed_of, split_step
-from vnaw_pipeline.windows.augment import channel_mask, erase_channels, mask_input, skip_frames, window_seeds
-from vnaw_pipeline.windows.batches import WindowBatch, gather_view, gather_windows
+from vnaw_pipeline.windows.augment import (
+    MaskWords,
+    channel_mask,
+    draw_mask_words,
+    erase_channels,
+    mask_input,
+    skip_frames,
+)
+from vnaw_pipeline.windows.batches import WindowBatch, gather_view, gather_windows, put
 from vnaw_pipeline.windows.plan import (
     WindowPlan,
     balanced_weights,
@@ -74,7 +84,9 @@ def train_windows(
     views = [*config.windows.views, *([MIRROR] if config.loss.consistency else [])]
     train, validation = (
         # With their official splits still, by which the labels of a task are found.
-        open_labelled_bank(videos[split_of == split], annotations_dir, store, config.tasks, split, of_split)
+        open_labelled_bank(
+            videos[split_of == split], annotations_dir, store, config.tasks, split, of_split, config.bank
+        )
         for split, of_split in (("train", views), ("validation", [PLAIN]))
     )
     train = train.learnable()
@@ -84,7 +96,7 @@ def train_windows(
     )
 
     plan = training_plan(train, config)
-    per_epoch = config.train.windows_per_epoch or len(plan)
+    drawing = Drawing(train, plan, config)
     outputs = [name for each in config.tasks for name in each.outputs]
     without_any = train.means()
     learning = _Learning.of(train, config)
@@ -102,10 +114,12 @@ def train_windows(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = TemporalModel(store.embedding_dim, len(outputs), config.temporal)
+    if config.train.compile:
+        _compile(model)
     recipe = Recipe(
         model=model,
-        steps=partial(_epoch_steps, train, plan, config, per_epoch),
-        objective=partial(_objective, config, learning),
+        steps=drawing.steps,
+        objective=partial(_objective, train, config, learning),
         evaluate=partial(_evaluate, validation, config, np.array(without_any, np.float32)),
         header=header,
         label="train",
@@ -114,7 +128,7 @@ def train_windows(
     )
     optimisation = Optimisation(
         epochs=config.train.epochs,
-        steps_per_epoch=-(-per_epoch // config.train.batch_windows),
+        steps_per_epoch=drawing.steps_per_epoch,
         learning_rate=config.train.learning_rate,
         weight_decay=config.train.weight_decay,
         warmup_share=config.train.warmup_share,
@@ -159,9 +173,12 @@ def training_plan(train: LabelledBank, config: PipelineConfig) -> WindowPlan:
     """
     windows = config.windows
     plan = plan_windows(train.bank.num_frames.cpu(), windows.window_frames, windows.train_stride)
-    rows = window_rows(plan, train.bank.first.cpu(), windows.window_frames, train.bank.zero_row)
-    share = labelled_share(train.any_label().cpu()[rows], rows != train.bank.zero_row)
-    plan = plan.select(share >= config.loss.min_labelled)
+    first, any_label = train.bank.first.cpu(), train.any_label().cpu()
+    shares = []
+    for block in plan.blocks():
+        rows = window_rows(block, first, windows.window_frames, train.bank.zero_row)
+        shares.append(labelled_share(any_label[rows], rows != train.bank.zero_row))
+    plan = plan.select(torch.cat(shares) >= config.loss.min_labelled)
     if len(plan) == 0:
         raise DataError(
             f"No training window of {windows.window_frames} frames has {config.loss.min_labelled:.0%} of its frames "
@@ -175,12 +192,11 @@ def training_plan(train: LabelledBank, config: PipelineConfig) -> WindowPlan:
 class _Learning:
     """What the objective knows of all training rows. `class_weights` (K,) and `unit_weights` (U, 2) are None where
     the config weights by neither; `memory` holds each row's moving average of class predictions (N + 1, K), if that
-    is asked for; `first` is the bank's."""
+    is asked for."""
 
     class_weights: Tensor | None
     unit_weights: Tensor | None
     memory: dict[str, Tensor]
-    first: Tensor
 
     @classmethod
     def of(cls, train: LabelledBank, config: PipelineConfig) -> "_Learning":
@@ -193,72 +209,122 @@ class _Learning:
             memory = prediction_memory(config.loss, len(labels), num_classes)
         balanced_units = "au" in train.labels and config.units_loss.weighting == "balanced"
         unit_weights = balanced_class_weights(train.labels["au"]) if balanced_units else None
-        return cls(weights, unit_weights, memory, train.bank.first)
+        return cls(weights, unit_weights, memory)
 
 
-def _epoch_steps(
-    train: LabelledBank, plan: WindowPlan, config: PipelineConfig, per_epoch: int, epoch: int
-) -> Iterator[list[WindowBatch]]:
-    """This process's batches of an epoch. Every process draws all windows alike and augments its own share."""
-    state = process_state()
-    generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
-    any_label, first = train.any_label().cpu(), train.bank.first.cpu()
-    row_labels = {name: of_task.cpu() for name, of_task in train.labels.items()}
-    if config.train.sampling != "uniform":
-        rows = window_rows(plan, first, config.windows.window_frames, train.bank.zero_row)
-        num_classes = len(TASKS[config.task].outputs)
-        labels = window_labels(row_labels[config.task][rows], num_classes)
-        weights = balanced_weights(labels, num_classes, 1.0 if config.train.sampling == "balanced" else 0.5)
-        weights = torch.where(labels == IGNORE_LABEL, weights[labels != IGNORE_LABEL].mean(), weights)
-        drawn = torch.multinomial(weights, per_epoch, replacement=True, generator=generator)
-    else:
-        repeats = -(-per_epoch // len(plan))
-        drawn = torch.cat([torch.randperm(len(plan), generator=generator) for _ in range(repeats)])[:per_epoch]
-    for step, of_step in enumerate(drawn.tensor_split(-(-per_epoch // config.train.batch_windows))):
-        augmentation = torch.Generator().manual_seed(seed_of(config.seed, epoch, step))
-        rows = skip_frames(
-            plan.select(of_step), first, any_label, config.windows.window_frames, config.windows.skip, augmentation
+class WindowDraw(NamedTuple):
+    """B windows of an optimiser step as they were drawn, on the host: bank rows (B, P), videos (B,), channels that stay
+    (B, D), the number of each one's view (B,), words for its masks, and the units that each task has in the step."""
+
+    rows: Tensor
+    video: Tensor
+    keep: Tensor
+    view: list[int]
+    words: MaskWords
+    step_units: dict[TaskName, int]
+
+
+class Drawing:
+    """Draws the windows of an epoch's steps. What it needs of the bank's rows, it copies to the host once."""
+
+    def __init__(self, train: LabelledBank, plan: WindowPlan, config: PipelineConfig) -> None:
+        self.plan, self.config = plan, config
+        self.first, self.any_label = train.bank.first.cpu(), train.any_label().cpu()
+        self.row_labels = {name: of_task.cpu() for name, of_task in train.labels.items()}
+        self.embedding_dim, self.zero_row = train.bank.embedding_dim, train.bank.zero_row
+        self.per_epoch = config.train.windows_per_epoch or len(plan)
+        self.weights = None if config.train.sampling == "uniform" else self._weights()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch."""
+        return -(-self.per_epoch // self.config.train.batch_windows)
+
+    def _weights(self) -> Tensor:
+        window_frames, num_classes = self.config.windows.window_frames, len(TASKS[self.config.task].outputs)
+        of_task, labels = self.row_labels[self.config.task], []
+        for block in self.plan.blocks():
+            rows = window_rows(block, self.first, window_frames, self.zero_row)
+            labels.append(window_labels(of_task[rows], num_classes))
+        of_windows = torch.cat(labels)
+        power = 1.0 if self.config.train.sampling == "balanced" else 0.5
+        weights = balanced_weights(of_windows, num_classes, power)
+        return torch.where(of_windows == IGNORE_LABEL, weights[of_windows != IGNORE_LABEL].mean(), weights)
+
+    def steps(self, epoch: int) -> Iterator[list[WindowDraw]]:
+        """This process's parts of an epoch's steps. Every process draws all windows alike and takes its share."""
+        state = process_state()
+        config, windows = self.config, self.config.windows
+        generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
+        if self.weights is not None:
+            drawn = torch.multinomial(self.weights, self.per_epoch, replacement=True, generator=generator)
+        else:
+            repeats = -(-self.per_epoch // len(self.plan))
+            orders = [torch.randperm(len(self.plan), generator=generator) for _ in range(repeats)]
+            drawn = torch.cat(orders)[: self.per_epoch]
+        for step, of_step in enumerate(drawn.tensor_split(self.steps_per_epoch)):
+            augmentation = torch.Generator().manual_seed(seed_of(config.seed, epoch, step))
+            plan, count = self.plan.select(of_step), len(of_step)
+            rows = skip_frames(plan, self.first, self.any_label, windows.window_frames, windows.skip, augmentation)
+            keep = channel_mask(count, self.embedding_dim, windows.erase_share, augmentation)
+            words = draw_mask_words(count, windows.window_frames, self.embedding_dim, augmentation)
+            view = torch.randint(len(windows.views), (count,), generator=augmentation)
+            units = {each.name: count_units(each, self.row_labels[each.name][rows], config) for each in config.tasks}
+            yield [
+                WindowDraw(rows[part], plan.video[part], keep[part], view[part].tolist(), words.select(part), units)
+                for part in split_step(
+                    torch.arange(count), state.process_index, state.num_processes, config.train.accumulation
+                )
+            ]
+
+
+def gather_draw(train: LabelledBank, draw: WindowDraw, config: PipelineConfig) -> WindowBatch:
+    """The windows of a draw on the bank's device, augmented. One part of a step at a time is in memory."""
+    keep = put(draw.keep, train.bank.device)
+    words = MaskWords(*(put(of, train.bank.device) for of in draw.words))
+
+    def augmented(embeddings: Tensor) -> Tensor:
+        return mask_input(erase_channels(embeddings, keep), words, config.windows.random_masking)
+
+    batch = gather_windows(train.bank, train.labels, draw.rows, draw.video, config.windows.views, draw.view)
+    mirrored = augmented(gather_view(train.bank, MIRROR, draw.rows)) if config.loss.consistency else None
+    return batch._replace(embeddings=augmented(batch.embeddings), mirrored=mirrored)
+
+
+def _compile(model: nn.Module) -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"train.compile needs a C++ compiler, and there is no {compiler}. Install one, or name it in CXX."
         )
-        keep = channel_mask(len(of_step), train.bank.embedding_dim, config.windows.erase_share, augmentation)
-        seeds = window_seeds(len(of_step), augmentation)
-        drawn_view = torch.randint(len(config.windows.views), (len(of_step),), generator=augmentation)
-        step_units = {each.name: count_units(each, row_labels[each.name][rows], config) for each in config.tasks}
-        batches = []
-        parts = split_step(
-            torch.arange(len(of_step)), state.process_index, state.num_processes, config.train.accumulation
-        )
-        for part in parts:
-            videos = plan.video[of_step[part]]
-            batch = gather_windows(train.bank, train.labels, rows[part], videos, config.windows.views, drawn_view[part])
-            augmented = partial(_augmented, config.windows, keep[part], seeds[part])
-            mirrored = augmented(gather_view(train.bank, MIRROR, rows[part])) if config.loss.consistency else None
-            batches.append(
-                batch._replace(embeddings=augmented(batch.embeddings), mirrored=mirrored, step_units=step_units)
-            )
-        yield batches
-
-
-def _augmented(windows: WindowConfig, keep: Tensor, seeds: Tensor, embeddings: Tensor) -> Tensor:
-    return mask_input(erase_channels(embeddings, keep), seeds, windows.random_masking)
+    model.compile()
 
 
 def _objective(
-    config: PipelineConfig, learning: _Learning, model: nn.Module, batch: WindowBatch, progress: float
+    train: LabelledBank,
+    config: PipelineConfig,
+    learning: _Learning,
+    model: nn.Module,
+    draw: WindowDraw,
+    progress: float,
 ) -> tuple[Tensor, Tensor]:
+    batch = gather_draw(train, draw, config)
     logits = model(batch.embeddings, batch.valid)
     remembered = None
     if learning.memory:
         of_classes = output_columns(config.tasks)[next(task.name for task in config.tasks if task.kind == "classes")]
-        rows = learning.first[batch.video][:, None] + batch.frame_index
-        update_memory(learning.memory["predictions"], rows[batch.valid], logits[batch.valid][:, of_classes])
-        remembered = learning.memory["predictions"][rows]
+        predictions, zero_row = learning.memory["predictions"], train.bank.zero_row
+        rows = (train.bank.first[batch.video][:, None] + batch.frame_index).masked_fill(~batch.valid, zero_row)
+        update_memory(predictions, rows.flatten(), logits[..., of_classes].flatten(0, 1))
+        predictions[zero_row] = 0  # stood for the frames that are not valid
+        remembered = predictions[rows]
     return joint_loss(
         logits,
         batch.labels,
         batch.valid,
         config,
         progress,
-        batch.step_units,
+        draw.step_units,
         class_weights=learning.class_weights,
         memory=remembered,
         unit_weights=learning.unit_weights,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from vnaw_pipeline.features.bank import FeatureBank
@@ -15,9 +16,8 @@ class WindowBatch(NamedTuple):
 
     `embeddings` float16 (B, P, D), `valid` bool (B, P), `labels` of each task (B, P) or (B, P, outputs) with the
     task's `unlabelled` where there is none, `frame_index` int64 (B, P) in the video (-1 where there is no frame),
-    `video` int64 (B,) in the bank. `mirrored` (B, P, D) are the mirror images of the same frames, where they are asked
-    for. In training `step_units` counts the units that each task has in the whole
-    optimiser step which the batch is a part of.
+    `video` int64 (B,) in the bank. `mirrored` (B, P, D) are the mirror images of the same frames, where they are
+    asked for.
     """
 
     embeddings: Tensor
@@ -26,7 +26,6 @@ class WindowBatch(NamedTuple):
     frame_index: Tensor
     video: Tensor
     mirrored: Tensor | None = None
-    step_units: Mapping[TaskName, int] = {}
 
 
 def gather_windows(
@@ -35,19 +34,19 @@ def gather_windows(
     rows: Tensor,
     video: Tensor,
     views: Sequence[str] = (PLAIN,),
-    drawn: Tensor | None = None,
+    drawn: Sequence[int] = (),
 ) -> WindowBatch:
     """Look up bank rows (B, P) of windows of the videos (B,); `row_labels` are (N + 1, ...) for each task.
 
-    Of several views, window b is seen in `views[drawn[b]]`; drawn int64 (B,).
+    What is drawn comes from the host, the batch lies on the bank's device; nothing waits for what that still has to do.
+    Of several views, window b is seen in `views[drawn[b]]`.
     """
-    device_rows, video = rows.to(bank.first.device), video.to(bank.first.device)
+    device_rows, video = put(rows, bank.device), put(video, bank.device)
     frame_index = (device_rows - bank.first[video][:, None]).masked_fill(device_rows == bank.zero_row, -1)
     embeddings = gather_view(bank, views[0], rows)
-    if drawn is not None:
-        for number, view in enumerate(views[1:], start=1):
-            chosen = drawn == number
-            embeddings[chosen.to(embeddings.device)] = gather_view(bank, view, rows[chosen])
+    for number, view in enumerate(views[1:], start=1):
+        chosen = torch.tensor([window for window, of in enumerate(drawn) if of == number], dtype=torch.int64)
+        embeddings.index_copy_(0, put(chosen, bank.device), gather_view(bank, view, rows[chosen]))
     return WindowBatch(
         embeddings=embeddings,
         valid=bank.valid[device_rows],
@@ -58,6 +57,16 @@ def gather_windows(
 
 
 def gather_view(bank: FeatureBank, view: str, rows: Tensor) -> Tensor:
-    """Embeddings (B, P, D) of bank rows (B, P) in one view."""
-    rows = rows.to(bank.first.device)
-    return bank.view(view).index_select(0, rows.flatten()).view(*rows.shape, bank.embedding_dim)
+    """Embeddings (B, P, D), on the bank's device, of bank rows (B, P), on the host, in one view."""
+    table = bank.view(view)
+    if table.device == bank.device:
+        found = table.index_select(0, put(rows.flatten(), bank.device))
+    else:
+        host = torch.empty(rows.numel(), bank.embedding_dim, dtype=table.dtype, pin_memory=True)
+        found = torch.index_select(table, 0, rows.flatten(), out=host).to(bank.device, non_blocking=True)
+    return found.view(*rows.shape, bank.embedding_dim)
+
+
+def put(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, copied while the host goes on."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -25,24 +25,24 @@ class WindowPlan:
         """Some of the windows, by index (B,) or mask (M,)."""
         return WindowPlan(self.video[windows], self.start[windows])
 
-
-def window_starts(num_frames: int, window_frames: int, stride: int) -> list[int]:
-    """First frames of windows that cover every frame: every `stride`, and the last one flush with the end.
-
-    A video shorter than a window has one window, which starts at 0 and runs over its end.
-    250 frames, windows of 100, stride 100 -> [0, 100, 150].
-    """
-    if stride > window_frames:
-        raise ValueError(f"stride {stride} leaves gaps between windows of {window_frames} frames")
-    last = max(0, num_frames - window_frames)
-    return [*range(0, last, stride), last]
+    def blocks(self, num_windows: int = 4096) -> "list[WindowPlan]":
+        """The same windows in order, so many at a time: the rows of all of them may take more memory than there is."""
+        return [self.select(block) for block in torch.split(torch.arange(len(self)), num_windows)]
 
 
 def plan_windows(num_frames: Tensor, window_frames: int, stride: int) -> WindowPlan:
-    """Cover every frame of every video; `num_frames` is int64 (V,)."""
-    starts = [window_starts(count, window_frames, stride) for count in num_frames.tolist()]
-    video = torch.repeat_interleave(torch.arange(len(starts)), torch.tensor([len(s) for s in starts]))
-    return WindowPlan(video, torch.tensor([start for s in starts for start in s], dtype=torch.int64))
+    """Cover every frame of every video: a window every `stride`, and the last one flush with the end.
+
+    `num_frames` is int64 (V,). A video shorter than a window has one window, which starts at 0 and runs over its end.
+    250 frames, windows of 100, stride 100 -> starts 0, 100, 150.
+    """
+    if stride > window_frames:
+        raise ValueError(f"stride {stride} leaves gaps between windows of {window_frames} frames")
+    last = (num_frames - window_frames).clamp(min=0)
+    counts = (last + stride - 1) // stride + 1
+    video = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    number = torch.arange(len(video)) - (counts.cumsum(0) - counts)[video]
+    return WindowPlan(video, torch.minimum(number * stride, last[video]))
 
 
 def window_rows(plan: WindowPlan, first: Tensor, window_frames: int, zero_row: int) -> Tensor:
