@@ -22,6 +22,7 @@ app = typer.Typer(
     name="vnaw",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Facial expressions in video: crops, embeddings once, temporal models in minutes, predictions per frame.",
 )
