@@ -11,9 +11,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
-import torch
 from scipy.stats import norm
 
 from vnaw_pipeline.annotations import image_name, write_annotation
