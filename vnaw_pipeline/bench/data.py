@@ -4,6 +4,7 @@ Only sizes are real: what is in the crops, labels and embeddings is drawn at ran
 many frames, so that half a minute makes what a week would record.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from scipy.stats import norm
 
@@ -81,14 +83,14 @@ def write_template(path: Path, videos: Sequence[Video]) -> None:
 
 def write_crops(crops_root: Path, videos: Sequence[Video], side: int, seed: int = 0) -> None:
     """JPEG folders. The images of a video are one file under many names."""
-    jpegs = [_face_like_jpeg(side, np.random.default_rng((seed, index))) for index in range(8)]
+    jpegs = [cv2.imencode(".jpg", picture)[1].tobytes() for picture in draw_pictures(8, side, seed)]
     for index, video in enumerate(videos):
         folder = crops_root / "cropped_aligned" / video.video_id
         folder.mkdir(parents=True)
         first = folder / image_name(0)
         first.write_bytes(jpegs[index % len(jpegs)])
         for frame in range(1, video.num_frames):
-            (folder / image_name(frame)).hardlink_to(first)
+            os.link(first, folder / image_name(frame))
 
 
 def manifest_of(videos: Sequence[Video]) -> pd.DataFrame:
@@ -141,9 +143,12 @@ def write_run(path: Path, store: FeatureStore, config: PipelineConfig) -> RunFol
     return folder
 
 
-def _face_like_jpeg(side: int, rng: np.random.Generator) -> bytes:
-    """Smooth shapes and a little noise, 8 to 12 kB at 224 px, as crops of quality 95 have."""
-    coarse = rng.integers(0, 256, (7, 7, 3)).astype(np.float32)
-    smooth = cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
-    picture = np.clip(smooth + rng.normal(0, 3, smooth.shape), 0, 255).astype(np.uint8)
-    return bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])[1])
+def draw_pictures(count: int, side: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    """Smooth shapes with a little noise, (count, side, side, 3); as JPEGs about as large as crops of faces."""
+    rng = np.random.default_rng(seed)
+    pictures = np.empty((count, side, side, 3), dtype=np.uint8)
+    for picture in pictures:
+        coarse = rng.integers(0, 256, (7, 7, 3)).astype(np.float32)
+        smooth = cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
+        picture[:] = np.clip(smooth + rng.normal(0, 3, smooth.shape), 0, 255)
+    return pictures
