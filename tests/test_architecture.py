@@ -41,6 +41,7 @@ ORDER = [
     "inference",
     "rendering",
     "demo",
+    "bench",
     "cli",
 ]
 """From left to right. A room imports from itself and from what stands left of it."""
@@ -50,7 +51,7 @@ ONLY_IN = {
     "insightface": {"crops/detect.py"},
     "retinaface": {"crops/detect.py"},
     "timm": {"features/encoder.py"},
-    "zarr": {"features/store.py"},
+    "zarr": {"features/store.py", "bench/training.py"},
     "h5py": {"crops/source.py", "crops/sink.py", "layouts.py", "features/foreign.py"},
     "matplotlib": {"report/figures.py"},
 }

@@ -67,6 +67,7 @@ FROZEN_OPTIONS = {
     "cascade": {"--manifest", "--annotations", "--store", "--out", "--config", "--set"},
     "submit": {"--run-dir", "--template", "--out", "--split"},
     "infer": {"--out", "--encoder", "--run-dir", "--camera", "--config", "--set"},
+    "bench": {"--work-dir", "--quick", "--json"},
 }
 """A new option belongs in the config unless it says where; then add it here."""
 

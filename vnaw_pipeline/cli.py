@@ -456,6 +456,28 @@ def infer(
     _finish(infer_videos(inputs or [], out, resolved, encoder=encoder, run=opened, camera=camera))
 
 
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Measurements; without any, all.")] = None,
+    work_dir: Annotated[Path, typer.Option(help="Folder for synthetic data, removed as it goes.")] = Path("bench_run"),
+    quick: Annotated[bool, typer.Option("--quick", help="All of it small, in five minutes.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here too.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Measure what each stage costs, on synthetic data; prints a table in markdown."""
+    from vnaw_pipeline.bench.figure import markdown_table
+    from vnaw_pipeline.bench.run import run_bench
+    from vnaw_pipeline.bench.size import FULL, QUICK
+    from vnaw_pipeline.provenance import write_json
+
+    _only_alone("bench")
+    figures = run_bench(work_dir, QUICK if quick else FULL, names or [], lambda line: typer.echo(line, err=True))
+    typer.echo(markdown_table(figures))
+    if json_file is not None:
+        write_json(json_file, [figure.as_json() for figure in figures])
+
+
 def _evaluate_encoder(encoder: str, faces: Path, split: Split, json_file: Path | None) -> None:
     from vnaw_pipeline.prediction.evaluate import format_scores
     from vnaw_pipeline.prediction.faces import evaluate_faces

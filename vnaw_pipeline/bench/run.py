@@ -52,7 +52,7 @@ def run_bench(work_dir: Path, size: Size, names: Sequence[str], say: Callable[[s
     free = shutil.disk_usage(work_dir).free
     if free < size.disk_bytes:
         raise DataError(
-            f"{work_dir} has {free / 1e9:.1f} GB free; measurements write up to {size.disk_bytes / 1e9:.1f} GB at a time. "
+            f"{work_dir} has {free / 1e9:.1f} GB free; measurements write {size.disk_bytes / 1e9:.1f} GB at a time. "
             "Give another --work-dir, or measure with --quick."
         )
     figures = []

@@ -36,7 +36,7 @@ class Size:
             extrapolated from.
         prediction_videos: whose test videos the ratio of prediction is measured on.
         extraction_memory_frames, prediction_memory_frames: few and many.
-        scale_videos: once, ten times, and all.
+        scale_videos: three sizes, of three videos at least; in full once, ten times, and all.
     """
 
     repeats: int
@@ -87,5 +87,5 @@ QUICK = Size(
     prediction_videos=20,
     extraction_memory_frames=(2_000, 20_000),
     prediction_memory_frames=(220_000, 440_000),
-    scale_videos=(2, 8, 24),
+    scale_videos=(3, 8, 24),
 )

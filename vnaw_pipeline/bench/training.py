@@ -64,10 +64,9 @@ def measure_bank(work: Path, size: Size) -> list[Figure]:
     by_file = in_turns(lambda: [np.load(path) for path in paths], load, size.repeats)
     per_frame = by_file.ratio * len(source) / len(paths)
     rate = source.nbytes / copied.second_s / 1e9
+    copy_rate, filled_rate = (source.nbytes / taken / 1e9 for taken in (copied.first_s, filled))
     detail = f"{source.nbytes / 1e9:.2f} GB at {rate:.1f} GB/s; copied into an array made for it, as the bank's is, at "
-    detail += (
-        f"{source.nbytes / copied.first_s / 1e9:.1f} GB/s, into one made before at {source.nbytes / filled / 1e9:.1f}"
-    )
+    detail += f"{copy_rate:.1f} GB/s, into one made before at {filled_rate:.1f}"
     return [
         Figure("bank load / memcpy", copied.ratio, Goal("at least", 0.7), detail),
         Figure(
@@ -148,7 +147,8 @@ def measure_training(work: Path, size: Size) -> list[Figure]:
             end_to_end / window_s,
             None,
             f"extrapolated from {size.repeats} passes of {_ENCODER_BATCH} frames, {size.encoder.name} at "
-            f"{size.encoder_px} px in float32: {epoch} from the cache, {end_to_end * len(plan) / 3600:.2f} h end to end",
+            f"{size.encoder_px} px in float32: {epoch} from the cache, "
+            f"{end_to_end * len(plan) / 3600:.1f} h end to end",
         ),
     ]
 
@@ -203,9 +203,8 @@ def measure_training_memory(work: Path, size: Size) -> list[Figure]:
     bank_bytes = 2 * width * frames
     model = TemporalModel(width, len(TASK.outputs), size.temporal)
     model_bytes = 4 * 4 * sum(parameter.numel() for parameter in model.parameters())
-    detail = (
-        f"peak {peak / 1e9:.2f} GB, bank {bank_bytes / 1e9:.2f} GB ({frames} frames), model {model_bytes / 1e9:.2f} GB"
-    )
+    detail = f"peak {peak / 1e9:.2f} GB, bank {bank_bytes / 1e9:.2f} GB ({frames} frames), "
+    detail += f"model {model_bytes / 1e9:.2f} GB"
     beside = (peak - bank_bytes - model_bytes) / 1e9
     return [Figure("training memory beside bank and model, GB", beside, Goal("at most", 1.0), detail)]
 
@@ -223,8 +222,9 @@ def measure_prediction_memory(work: Path, size: Size) -> list[Figure]:
         peaks.append(peak_memory(_predict, folder, videos))
     few, many = size.prediction_memory_frames
     share = (peaks[1] - peaks[0]) / (2 * width * (many - few))
-    detail = f"{peaks[0] / 1e9:.2f} GB at {few} frames, {peaks[1] / 1e9:.2f} GB at {many}, {width} wide; the rest are "
-    return [Figure("prediction memory, share of further embeddings", share, Goal("at most", 0.5), detail + "answers")]
+    detail = f"{peaks[0] / 1e9:.2f} GB at {few} frames, {peaks[1] / 1e9:.2f} GB at {many}, {width} wide; "
+    detail += "what grows are the answers"
+    return [Figure("prediction memory, share of further embeddings", share, Goal("at most", 0.5), detail)]
 
 
 def _train(folder: Path, videos: list[Video], config: PipelineConfig) -> None:
