@@ -33,7 +33,7 @@ TINY = replace(
     encoder_px=32,
     extraction_frames=64,
     eager_frames=32,
-    drawn=replace(QUICK.drawn, train_videos=4, validation_videos=2, frames=(110, 130)),
+    drawn=replace(QUICK.drawn, train_videos=4, validation_videos=2, frames=(60, 70), short_frames=30),
     drawn_epochs=1,
     widths=(16, 24),
     temporal=TemporalConfig(width=16, layers=1, feed_forward=16),

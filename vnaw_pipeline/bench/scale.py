@@ -1,11 +1,14 @@
 """Figures on growth: every stage but encoder and training, once, ten times and at the size of Aff-Wild2; and what
 starting costs."""
 
+import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from vnaw_pipeline.bench.data import (
     FULL_VIDEOS,
@@ -90,12 +93,13 @@ def _stages(work: Path, num_videos: int, size: Size) -> dict[str, float]:
     timed("check", lambda: check_manifest(path, annotations, crops, TASK, template=template))
     video_ids = list(read_manifest(path).video_id)
     for width in size.widths:
-        store = write_store(work / f"{width}.zarr", videos, width)
+        shutil.rmtree(work / "store.zarr", ignore_errors=True)  # that of the other width
+        store = write_store(work / "store.zarr", videos, width)
         run = write_run(work / f"run{width}", store, PipelineConfig(temporal=size.temporal))
         timed(f"store open, {width} wide", lambda: open_store(store.path).require(video_ids))  # noqa: B023 -- run here
         timed(f"bank load, {width} wide", lambda: open_bank(store, video_ids, shown=False))  # noqa: B023
         timed(f"prediction, {width} wide", lambda: predict_videos(path, store.path, run.path, "test"))  # noqa: B023
-    lengths = open_bank(store, video_ids, shown=False).num_frames
+    lengths = torch.tensor([video.num_frames for video in videos])
     timed("window plan", lambda: plan_windows(lengths, 100, 10))
     predict_videos(path, store.path, run.path, "validation")
     timed("evaluation", lambda: evaluate_predictions(path, annotations, run.predictions("validation")))
