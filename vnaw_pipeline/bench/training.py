@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -261,7 +262,7 @@ def _training_step(model: nn.Module) -> Callable[..., None]:
 
     def step(embeddings: Tensor, valid: Tensor, labels: Tensor) -> None:
         logits = model(embeddings, valid)
-        F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_LABEL).backward()
+        F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_LABEL).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         optimiser.zero_grad()
 
@@ -272,7 +273,7 @@ class _StoredWindows(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Windows read one by one from the store's arrays, as a loader per item reads them."""
 
     def __init__(self, store_path: Path, bank: FeatureBank, labels: Tensor, plan: WindowPlan) -> None:
-        group = zarr.open_group(store_path, mode="r")
+        group: Any = zarr.open_group(store_path, mode="r")
         self.arrays = [group[f"{PLAIN}/{video_id}"] for video_id in bank.video_ids]
         self.valid, self.labels, self.plan, self.first = bank.valid, labels, plan, bank.first.tolist()
 
@@ -311,7 +312,7 @@ def _encoder_frame_seconds(work: Path, size: Size) -> float:
 
     def step() -> None:
         crops = np.stack([preprocessing.of_crop(decode_crop(path.read_bytes())) for path in paths])
-        F.cross_entropy(model(preprocessing.normalise(torch.from_numpy(crops))), labels).backward()
+        F.cross_entropy(model(preprocessing.normalise(torch.from_numpy(crops))), labels).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         optimiser.zero_grad()
 
