@@ -58,6 +58,7 @@ def make_videos(num_videos: int, seed: int = 0) -> list[Video]:
         lengths[[0, -1]] = _SHORTEST, _LONGEST
     np.random.default_rng(seed).shuffle(lengths)
     bounds = np.round(np.cumsum(_SPLIT_SHARES) * num_videos)
+    bounds[1] = max(bounds[1], bounds[0] + 1)  # of three or four videos one validates, too
     splits = [SPLITS[int(np.searchsorted(bounds, index, side="right"))] for index in range(num_videos)]
     return [Video(f"video{i:04d}", split, int(t)) for i, (split, t) in enumerate(zip(splits, lengths, strict=True))]
 
