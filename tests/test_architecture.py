@@ -42,6 +42,7 @@ ORDER = [
     "inference",
     "rendering",
     "demo",
+    "bench",
     "cli",
 ]
 """From left to right. A room imports from itself and from what stands left of it."""
@@ -52,7 +53,7 @@ ONLY_IN = {
     "retinaface": {"crops/detect.py"},
     "timm": {"features/encoder.py"},
     "openvino": {"features/backends.py"},
-    "zarr": {"features/store.py"},
+    "zarr": {"features/store.py", "bench/training.py"},
     "obstore": {"locations.py"},
     "h5py": {"crops/source.py", "crops/sink.py", "layouts.py", "features/foreign.py"},
     "matplotlib": {"report/figures.py"},

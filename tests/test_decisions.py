@@ -46,7 +46,7 @@ def test_the_scores_over_the_grid_equal_trying_every_value(
         p = np.round(p * 4).astype(np.float32) + np.float32(0.25) * (np.round(p * 4).sum(axis=1, keepdims=True) == 0)
     with np.errstate(divide="ignore"):
         own = np.log(p.astype(np.float64))
-    found = macro_f1_over_grid(own + bias, own[:, column], labels, column)
+    found = macro_f1_over_grid((own + bias).T, own[:, column], labels, column)
     for value, score in zip(BIAS_GRID, found, strict=True):
         tried = np.array(bias)
         tried[column] = value

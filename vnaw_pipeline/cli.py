@@ -23,6 +23,7 @@ app = typer.Typer(
     name="vnaw",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # importing rich is half of the time that --help takes
     pretty_exceptions_enable=False,
     help="Facial expressions in video: crops, embeddings once, temporal models in minutes, predictions per frame.",
 )
@@ -74,7 +75,7 @@ def demo(
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Render a data set with known truth and run every stage on it; prints a table of scores."""
+    """Render data with known truth and run every stage on it. Prints a table of scores."""
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.demo import DEMO_CONFIG, run_demo
 
@@ -102,7 +103,7 @@ def manifest(
     folds: Annotated[int, typer.Option(help="Number of 7:3 folds by source video; 0: none.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the folds.", min=0)] = 0,
 ) -> None:
-    """Build the table of videos from the challenge's folders, then check it."""
+    """Build the table of videos from the challenge's folders. Checks it."""
     from vnaw_pipeline.checks import check_manifest
     from vnaw_pipeline.manifests import build_manifest, write_manifest
 
@@ -131,7 +132,7 @@ def check(
         Path | None, typer.Option(help="Folder of video files; gives frame counts.", exists=True, file_okay=False)
     ] = None,
 ) -> None:
-    """List every problem of manifest, annotations and crops at once, with file and line; images are not opened."""
+    """List every problem of manifest, annotations and crops. With file and line; images are not opened."""
     from vnaw_pipeline.checks import check_manifest
 
     first, *others = tasks or [TASKS["expr8"]]
@@ -150,7 +151,7 @@ def crop(
     overrides: Overrides = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Find, align and cut out the main face of every frame of video files."""
+    """Find, align and cut out the main face of each video frame."""
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.crops.extract import extract_crops
 
@@ -170,7 +171,7 @@ def pretrain(
     overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Train the image encoder on static faces: FERPlus, RAF-DB, AffectNet, any of them."""
+    """Train the image encoder on static faces. FERPlus, RAF-DB, AffectNet, any of them."""
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.training.faces import pretrain_encoder
 
@@ -208,7 +209,7 @@ def extract(
     overrides: Overrides = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Encode every frame once into the feature store; remove the store to start afresh."""
+    """Encode every frame once into the feature store. Remove the store to start afresh."""
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.features.extract import extract_features
 
@@ -224,7 +225,7 @@ def import_(
     ],
     store: Store,
 ) -> None:
-    """Take over embeddings that another program made into a feature store."""
+    """Take over embeddings of another program into a feature store."""
     from vnaw_pipeline.features.exchange import import_features
 
     _only_alone("import")
@@ -242,7 +243,7 @@ def export(
         Path | None, typer.Option(help="Manifest of the videos to write; without it, all.", exists=True, dir_okay=False)
     ] = None,
 ) -> None:
-    """Write a store's embeddings as .npy or HDF5 files for other programs."""
+    """Write a store's embeddings as NumPy or HDF5 files."""
     from vnaw_pipeline.features.exchange import export_features
 
     _only_alone("export")
@@ -278,7 +279,7 @@ def predict(
     tuned: Tuned = False,
     predictions: Predictions = None,
 ) -> None:
-    """Write one row per frame of every video of a split, into the run folder or elsewhere."""
+    """Write a row per frame of a split's videos, into the run folder or elsewhere."""
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.prediction.predict import predict_videos
     from vnaw_pipeline.prediction.tables import open_predicted
@@ -298,7 +299,7 @@ def tune(
     split: Annotated[Split, typer.Option(help="Split to tune on; validation only.")] = "validation",
     predictions: Predictions = None,
 ) -> None:
-    """Tune smoothing, class bias and thresholds on a run's validation predictions; `--tuned` then uses them."""
+    """Tune smoothing, bias and thresholds on validation predictions. `--tuned` then uses them."""
     from vnaw_pipeline.prediction.tune import tune_run
 
     _only_alone("tune")
@@ -316,7 +317,7 @@ def combine(
     split: Annotated[Split, typer.Option(help="Split that the members predicted.")] = "validation",
     tuned: Tuned = False,
 ) -> None:
-    """Combine what several runs predicted into one run, as an ensemble or a cascade."""
+    """Combine several runs into one, as an ensemble or a cascade."""
     from vnaw_pipeline.prediction.combine import combine_runs
 
     _only_alone("combine")
@@ -336,8 +337,8 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.", dir_okay=False)] = None,
     predictions: Predictions = None,
 ) -> None:
-    """Score a run's predictions over every labelled frame (--manifest, --annotations, --run-dir), for each of its
-    tasks, or an encoder's own head on static faces (--encoder, --faces)."""
+    """Score a run's predictions, or an encoder on static faces. Over every labelled frame and for each of the run's
+    tasks (--manifest, --annotations, --run-dir); or the encoder's own head (--encoder, --faces)."""
     from vnaw_pipeline.prediction.evaluate import evaluate_predictions, format_scores, scores_as_json
     from vnaw_pipeline.prediction.tables import open_predicted
     from vnaw_pipeline.provenance import write_json
@@ -370,7 +371,7 @@ def crossval(
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train and score the official split and every fold of the manifest; writes a table with mean and deviation."""
+    """Train and score the official split and every fold. Writes a table with mean and deviation."""
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.experiments import cross_validate
 
@@ -388,7 +389,7 @@ def ablate(
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train and score plain, with augmentation, with NAW and with both; writes a table with mean and deviation."""
+    """Train and score plain, augmented, with NAW and with both. Writes a table with mean and deviation."""
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.experiments import ablate as ablate_recipes
 
@@ -405,7 +406,7 @@ def cascade(
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train and score CFC-SP: one model of coarse and one of negative expressions, and their hard and soft cascade."""
+    """Train and score CFC-SP, a coarse and a negative model cascaded. Both cascades are scored, hard and soft."""
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.experiments import cascade as train_cascade
 
@@ -421,7 +422,7 @@ def submit(
     split: Annotated[Split, typer.Option(help="Split that was predicted.")] = "test",
     predictions: Predictions = None,
 ) -> None:
-    """Write a challenge submission for the template's task: every line of it answered, in its order."""
+    """Write a challenge submission for a template. Every line of it is answered, in its order."""
     from vnaw_pipeline.prediction.predict import read_predictions
     from vnaw_pipeline.prediction.submission import write_submission
     from vnaw_pipeline.prediction.tables import open_predicted
@@ -448,7 +449,7 @@ def infer(
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Read the expressions of everyone in videos, images or from a camera: tables, time lines, annotated copies."""
+    """Read expressions in videos, images or from a camera. Makes tables, time lines, annotated copies."""
     if bool(inputs) == (camera is not None):
         raise ConfigError("Give videos, images or folders to read, or --camera 0 (and not both).")
     from vnaw_pipeline.config import load_config
@@ -461,6 +462,28 @@ def infer(
         config = opened.folder.config
     resolved = load_config(config, overrides)
     _finish(infer_videos(inputs or [], out, resolved, encoder=encoder, run=opened, camera=camera))
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Measurements; without any, all.")] = None,
+    work_dir: Annotated[Path, typer.Option(help="Folder for synthetic data, removed as it goes.")] = Path("bench_run"),
+    quick: Annotated[bool, typer.Option("--quick", help="All of it small, in five minutes.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here too.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Measure what each stage costs. On synthetic data; prints a table in markdown."""
+    from vnaw_pipeline.bench.figure import markdown_table
+    from vnaw_pipeline.bench.run import run_bench
+    from vnaw_pipeline.bench.size import FULL, QUICK
+    from vnaw_pipeline.provenance import write_json
+
+    _only_alone("bench")
+    figures = run_bench(work_dir, QUICK if quick else FULL, names or [], lambda line: typer.echo(line, err=True))
+    typer.echo(markdown_table(figures))
+    if json_file is not None:
+        write_json(json_file, [figure.as_json() for figure in figures])
 
 
 def _evaluate_encoder(encoder: str, faces: Path, split: Split, json_file: Path | None) -> None:

@@ -28,17 +28,18 @@ def best_bias(probabilities: Probabilities, labels: npt.NDArray[np.int64]) -> np
     one: all K at once would be a search of 61^K.
     """
     with np.errstate(divide="ignore"):  # log 0: a class that is never named, whatever its bias
-        scores = np.log(probabilities.astype(np.float64))
-    num_classes = scores.shape[1]
-    bias = np.zeros(num_classes)
+        own = np.log(probabilities.T.astype(np.float64, order="C"))
+    num_classes = len(own)
+    scores, bias = own.copy(), np.zeros(num_classes)
     nearest_first = np.argsort(np.abs(BIAS_GRID), kind="stable")
     best, last_changed, visits = -1.0, 0, 0
     while visits - last_changed <= num_classes:
         column = visits % num_classes
-        f1 = macro_f1_over_grid(scores + bias, scores[:, column], labels, column)
+        f1 = macro_f1_over_grid(scores, own[column], labels, column)
         chosen = nearest_first[np.argmax(f1[nearest_first])]
         if f1[chosen] > best + 1e-12:
             best, last_changed, bias[column] = f1[chosen], visits, BIAS_GRID[chosen]
+            scores[column] = own[column] + bias[column]
         visits += 1
     return bias
 
@@ -49,30 +50,32 @@ def macro_f1_over_grid(
     """Macro-F1 for every value that one class's bias may take, the others' fixed; (61,).
 
     Args:
-        scores: (N, K) log-probabilities plus bias; `column` of it is not read.
+        scores: (K, N) log-probabilities plus bias; row `column` of it is not read.
         own: (N,) log-probability of that class, without bias.
 
     A frame changes to the class at one point of the grid, where its bias makes up for the lead of the strongest other
-    class; so counting frames by that point and label gives the confusion at all points at once. A draw goes to the
-    lower class, as arg max decides.
+    class; so counting frames by that point, rival and label gives the confusion at all points at once. A draw goes to
+    the lower class, as arg max decides.
     """
-    num_classes, num_points = scores.shape[1], len(BIAS_GRID)
-    others = scores.copy()
-    others[:, column] = -np.inf
-    rival = others.argmax(axis=1)
-    lead = others[np.arange(len(scores)), rival]
+    num_classes, num_points = len(scores), len(BIAS_GRID)
+    # Class by class, which is ten times as fast as an arg max frame by frame; the strongest is also the latest so far.
+    lead, rival = np.full(len(own), -np.inf), np.full(len(own), int(column == 0), dtype=np.int8)
+    for other in range(num_classes):
+        if other != column:
+            np.maximum(rival, (scores[other] > lead) * np.int8(other), out=rival)
+            np.maximum(lead, scores[other], out=lead)
     # Rounded, so that equal probabilities under equal biases are a draw in spite of the last bits of their logarithms.
-    gap = np.round(lead - own, 9)
-    changes = np.where(
-        column < rival, np.searchsorted(BIAS_GRID, gap, side="left"), np.searchsorted(BIAS_GRID, gap, side="right")
+    tenths = np.round(lead - own, 9) * 10  # exact for values of the grid
+    above = np.ceil(tenths)
+    above += (above == tenths) & (column > rival)
+    changes = (above.clip(-30, 31) + 30).astype(np.int64)
+    cells = np.bincount(
+        (changes * num_classes + rival) * num_classes + labels, minlength=(num_points + 1) * num_classes**2
     )
-    own_cells = np.bincount(changes * num_classes + labels, minlength=(num_points + 1) * num_classes)
-    named_own = own_cells.reshape(num_points + 1, num_classes).cumsum(axis=0)[:-1]  # (points, label)
-    cells = (changes * num_classes + rival) * 2 + (labels == rival)
-    rival_cells = np.bincount(cells, minlength=(num_points + 1) * num_classes * 2)
-    gone = rival_cells.reshape(num_points + 1, num_classes, 2).cumsum(axis=0)
-    left = gone[-1] - gone[:-1]  # (points, rival, wrong or right): frames that still name their rival
-    named, right = left.sum(axis=2), left[:, :, 1].copy()
+    cells = cells.reshape(num_points + 1, num_classes, num_classes).cumsum(axis=0)  # (points, rival, label)
+    left = cells[-1] - cells[:-1]  # frames that still name their rival
+    named, right = left.sum(axis=2), left.diagonal(axis1=1, axis2=2).copy()
+    named_own = cells[:-1].sum(axis=1)
     named[:, column], right[:, column] = named_own.sum(axis=1), named_own[:, column]
     either = named + np.bincount(labels, minlength=num_classes)
     f1 = np.divide(2.0 * right, either, out=np.zeros(right.shape), where=either > 0)

@@ -2,18 +2,20 @@
 
 Columns: `video_id, frame_index, valid`, and those of every task of the run: `p_<class>...`, `valence, arousal`,
 `p_<unit>...`. Every frame of every video has its row, also those without a face and those of a video shorter than a
-window.
+window. Embeddings are read some videos at a time, so that memory does not grow with the split.
 """
 
 import io
 import time
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import torch
+from torch import Tensor
 
 from vnaw_pipeline.config import PredictConfig
 from vnaw_pipeline.errors import DataError
@@ -29,6 +31,9 @@ from vnaw_pipeline.runs import open_run
 from vnaw_pipeline.stages import StageReport, progress_bar
 from vnaw_pipeline.tasks import Task
 from vnaw_pipeline.windows.plan import plan_windows
+
+FRAMES_AT_ONCE = 200_000
+"""Frames whose embeddings are in memory together, in whole videos; 400 MB at a width of 1024."""
 
 
 def predict_videos(
@@ -62,29 +67,47 @@ def predict_videos(
     config = config or run.config.predict
     store = open_store(store_path)
     run.require_features(store)
-    bank = open_bank(store, video_ids, shown=state.is_main_process, device=state.device)
+    store.require(video_ids)
+    without_any = np.asarray(run.header["without_any"], dtype=np.float32)
+    lengths = store.lengths(video_ids)
     windows = run.config.windows
-    num_windows = len(plan_windows(bank.num_frames.cpu(), windows.window_frames, windows.predict_stride))
+    num_windows = len(plan_windows(torch.tensor(lengths), windows.window_frames, windows.predict_stride))
+    model = run.model.to(state.device)
+    raws, finals, valid = [], [], []
     with progress_bar("predict", num_windows // state.num_processes, "windows", state.is_main_process) as bar:
-        stitched = stitch_predictions(
-            run.model.to(state.device),
-            bank,
-            run.config.tasks,
-            windows,
-            config.batch_windows,
-            process_index=state.process_index,
-            num_processes=state.num_processes,
-            reduce_sum=sum_over_processes,
-            bar=bar,
-        )
+        for of_part in parts_of_videos(lengths, FRAMES_AT_ONCE):
+            bank = open_bank(store, video_ids[of_part], shown=False, device=state.device)
+            predictions = stitch_predictions(
+                model,
+                bank,
+                run.config.tasks,
+                windows,
+                config.batch_windows,
+                process_index=state.process_index,
+                num_processes=state.num_processes,
+                reduce_sum=sum_over_processes,
+                bar=bar,
+            )
+            raws.append(predictions.cpu().numpy())
+            finals.append(finish_probabilities(raws[-1], bank, without_any, config, run.config.tasks))
+            valid.append(bank.valid[:-1].cpu())
+    frames = _without_embeddings(video_ids, lengths, torch.cat(valid))
     if state.is_main_process:
-        raw = stitched.cpu().numpy()
-        without_any = np.asarray(run.header["without_any"], dtype=np.float32)
-        final = finish_probabilities(raw, bank, without_any, config, run.config.tasks)
-        write_predictions(run.folder.raw_predictions(split), raw, bank, run.config.tasks)
-        write_predictions(run.folder.predictions(split), final, bank, run.config.tasks)
+        write_predictions(run.folder.raw_predictions(split), np.concatenate(raws), frames, run.config.tasks)
+        write_predictions(run.folder.predictions(split), np.concatenate(finals), frames, run.config.tasks)
     meet()
-    return StageReport("predict", done=len(video_ids), frames=bank.zero_row, seconds=time.monotonic() - started)
+    return StageReport("predict", done=len(video_ids), frames=frames.zero_row, seconds=time.monotonic() - started)
+
+
+def parts_of_videos(lengths: Sequence[int], frames_at_once: int) -> list[slice]:
+    """Videos in a row of at most so many frames together; a longer one stands alone."""
+    bounds, frames = [0], 0
+    for index, length in enumerate(lengths):
+        if frames and frames + length > frames_at_once:
+            bounds.append(index)
+            frames = 0
+        frames += length
+    return [slice(start, stop) for start, stop in pairwise([*bounds, len(lengths)])]
 
 
 def finish_probabilities(
@@ -139,3 +162,10 @@ def read_predictions(path: str | Location, task: Task) -> pd.DataFrame:
             f"(columns: {', '.join(map(str, table.columns))})."
         )
     return table.astype({"video_id": "str"})
+
+
+def _without_embeddings(video_ids: list[str], lengths: Sequence[int], valid: Tensor) -> FeatureBank:
+    """Which frames there are, as a bank of width 0."""
+    first = torch.tensor([0, *accumulate(lengths)])
+    valid = torch.cat([valid, valid.new_zeros(1)])
+    return FeatureBank(video_ids, torch.empty(len(valid), 0, dtype=torch.float16), valid, first)

@@ -1,0 +1,54 @@
+"""Prediction reads some videos at a time, and what it writes does not depend on how many."""
+
+from itertools import chain, pairwise
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vnaw_pipeline.bench.data import Video, manifest_of, write_run, write_store
+from vnaw_pipeline.config import PipelineConfig
+from vnaw_pipeline.errors import StoreError
+from vnaw_pipeline.features.bank import open_bank
+from vnaw_pipeline.prediction import predict
+from vnaw_pipeline.prediction.predict import parts_of_videos, predict_videos
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 100))
+def test_parts_are_all_videos_in_order_and_as_many_as_fit(lengths: list[int], frames_at_once: int) -> None:
+    parts = [lengths[part] for part in parts_of_videos(lengths, frames_at_once)]
+    assert list(chain(*parts)) == lengths
+    assert all(sum(part) <= frames_at_once or len(part) == 1 for part in parts)
+    assert all(sum(part) + after[0] > frames_at_once for part, after in pairwise(parts))
+
+
+def test_predictions_do_not_depend_on_how_many_videos_are_read_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos = [Video(f"v{index}", "test", length) for index, length in enumerate((120, 73, 260, 5, 101))]
+    temporal = {"width": 16, "layers": 1, "feed_forward": 16}
+    config = PipelineConfig.model_validate({"temporal": temporal, "predict": {"smooth": {"kind": "mean"}}})
+    store = write_store(tmp_path / "store.zarr", videos, 8)
+    run = write_run(tmp_path / "run", store, config)
+    loaded = []
+
+    def counted(*arguments: object, **options: object) -> object:
+        bank = open_bank(*arguments, **options)  # type: ignore[arg-type]
+        loaded.append(bank.zero_row)
+        return bank
+
+    monkeypatch.setattr(predict, "open_bank", counted)
+    tables = []
+    for frames_at_once in (1_000, 200):
+        monkeypatch.setattr(predict, "FRAMES_AT_ONCE", frames_at_once)
+        predict_videos(manifest_of(videos), store.path, run.path, "test")
+        tables.append(pd.read_parquet(run.predictions("test")))
+    assert loaded == [559, 193, 260, 106]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-6)
+    assert tables[1].video_id.tolist() == [video.video_id for video in videos for _ in range(video.num_frames)]
+    missing = [*videos, Video("v9", "test", 30)]
+    with pytest.raises(StoreError, match="lacks 1 of 6 videos"):
+        predict_videos(manifest_of(missing), store.path, run.path, "test")
+    assert len(loaded) == 4, "what is missing is seen before anything is predicted"
