@@ -47,7 +47,7 @@ def test_a_bank_that_does_not_fit_is_mapped_says_so_and_gives_the_same_numbers(
     assert losses(tmp_path / "mapped") == losses(tmp_path / "memory")
     pd.testing.assert_frame_equal(tables(tmp_path / "mapped"), wanted)
     said = [line for line in capsys.readouterr().err.splitlines() if "do not fit into 80% of the memory" in line]
-    assert len(said) == 3, "a line for each of the banks of training, validation and prediction"
+    assert len(said) == 2, "a line for each of the banks of training and validation"
     monkeypatch.undo()
     elsewhere = tiny_config.model_copy(update={"bank": "mapped"})
     report = train_windows(drawn.manifest, drawn.annotations, drawn_store, tmp_path / "memory", elsewhere)
@@ -132,13 +132,13 @@ if int(limit):
 train_windows(*map(Path, paths), config)
 print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used["VmRSS"])
 """
-WIDTH, FRAMES = 4096, 24_000
+WIDTH, FRAMES = 4096, 60_000
 BANK_BYTES = 2 * WIDTH * FRAMES
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Manifest, annotations and store of two videos whose features take 200 MB."""
+    """Manifest, annotations and store of two videos whose features take 490 MB."""
     root = tmp_path_factory.mktemp("wide")
     store = create_store(root / "store", FINGERPRINT, WIDTH)
     rows = []
@@ -177,7 +177,7 @@ def test_training_takes_the_memory_of_its_bank_and_little_more(wide: list[str], 
     finished = train_wide(wide, tmp_path / "run", "memory", 0)
     assert finished.returncode == 0, finished.stderr[-2000:]
     taken = int(finished.stdout.splitlines()[-1])
-    assert BANK_BYTES < taken < 1.6 * BANK_BYTES
+    assert BANK_BYTES < taken < BANK_BYTES + 4e8
 
 
 def test_a_compiled_model_has_the_same_losses(

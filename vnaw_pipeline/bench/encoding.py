@@ -1,7 +1,7 @@
 """Figures on the encoder: extraction end to end, the fast backend, and what it does to the scores."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import cycle, islice
@@ -69,6 +69,7 @@ def measure_backend(work: Path, size: Size) -> list[Figure]:
     """`vnaw extract` as it is by default, against eager PyTorch in float32 with all cores on each batch."""
     config = _config(size.encoder)
     batch = min(config.extract.batch_frames, size.eager_frames)
+    config = _with_extract(config, {"batch_frames": batch})
     batches = _batches(size.eager_frames, batch, size.encoder_px) * 2  # for two cores at least
     encoder = load_encoder(size.encoder)
 
@@ -178,5 +179,5 @@ def _config(encoder: EncoderConfig) -> PipelineConfig:
     return PipelineConfig(encoder=encoder)
 
 
-def _with_extract(config: PipelineConfig, values: dict[str, str]) -> PipelineConfig:
+def _with_extract(config: PipelineConfig, values: Mapping[str, str | int]) -> PipelineConfig:
     return config.model_copy(update={"extract": config.extract.model_copy(update=values)})

@@ -8,6 +8,7 @@ it is written whole, `valid` first, by one process; it is done if and only if it
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.group import GroupMetadata
 from zarr.core.metadata import ArrayMetadata
+from zarr.errors import ZarrUserWarning
 from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
 from vnaw_pipeline.errors import StoreError
@@ -240,7 +242,9 @@ class FeatureStore:
         """A view's arrays by video, read all at once, since each one is a file, or a request."""
         if view not in self._arrays:
             group = reach(self.path, lambda: self._group.get(view))
-            arrays = reach(self.path, lambda: list(group.arrays())) if isinstance(group, zarr.Group) else []
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ZarrUserWarning)  # of a folder that a kill left without metadata
+                arrays = reach(self.path, lambda: list(group.arrays())) if isinstance(group, zarr.Group) else []
             self._arrays[view] = dict(arrays)
         return self._arrays[view]
 

@@ -77,7 +77,7 @@ def predict_videos(
     with progress_bar("predict", num_windows // state.num_processes, "windows", state.is_main_process) as bar:
         for of_part in parts_of_videos(lengths, FRAMES_AT_ONCE):
             bank = open_bank(store, video_ids[of_part], shown=False, device=state.device)
-            predictions = stitch_predictions(
+            stitched = stitch_predictions(
                 model,
                 bank,
                 run.config.tasks,
@@ -88,7 +88,7 @@ def predict_videos(
                 reduce_sum=sum_over_processes,
                 bar=bar,
             )
-            raws.append(predictions.cpu().numpy())
+            raws.append(stitched.cpu().numpy())
             finals.append(finish_probabilities(raws[-1], bank, without_any, config, run.config.tasks))
             valid.append(bank.valid[:-1].cpu())
     frames = _without_embeddings(video_ids, lengths, torch.cat(valid))

@@ -42,7 +42,7 @@ def stitch_predictions(
     total = torch.zeros(bank.zero_row + 1, sum(len(task.outputs) for task in tasks), device=device)
     counts = torch.zeros(bank.zero_row + 1, device=device)
     mine = torch.arange(len(plan))[process_index::num_processes]
-    for chosen in mine.split(batch_windows) if len(mine) else ():  # there may be more processes than windows
+    for chosen in torch.split(mine, batch_windows) if len(mine) else ():  # more processes than windows
         of_batch = plan.select(chosen)
         rows = window_rows(of_batch, first, windows.window_frames, bank.zero_row)
         batch = gather_windows(bank, {}, rows, of_batch.video)
