@@ -343,6 +343,7 @@ def evaluate(
     from vnaw_pipeline.prediction.tables import open_predicted
     from vnaw_pipeline.provenance import write_json
 
+    _only_alone("evaluate")
     if encoder is not None and faces is not None and manifest is annotations is run is None:
         _evaluate_encoder(encoder, faces, split, json_file)
         return
