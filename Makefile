@@ -16,7 +16,7 @@ demo: $(READY)
 	$(VENV)/bin/vnaw demo --work-dir demo_run
 
 test: lint
-	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(VENV)/bin/ruff format --check .
