@@ -1,4 +1,4 @@
-"""Train the encoders of photographed faces that ship in `vnaw_pipeline/weights/`: FERPlus, the strong one and the Swin.
+"""Train encoders of photographed faces on FERPlus: `fer_lite0`, which ships, and a compact Swin, which does not.
 
     python benchmarks/face_encoders.py WORK_DIR --faces FERPLUS --validation FERPLUS
 
