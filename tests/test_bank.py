@@ -177,7 +177,7 @@ def test_training_takes_the_memory_of_its_bank_and_little_more(wide: list[str], 
     finished = train_wide(wide, tmp_path / "run", "memory", 0)
     assert finished.returncode == 0, finished.stderr[-2000:]
     taken = int(finished.stdout.splitlines()[-1])
-    assert BANK_BYTES < taken < BANK_BYTES + 4e8
+    assert BANK_BYTES < taken < BANK_BYTES + 1e9
 
 
 def test_a_compiled_model_has_the_same_losses(

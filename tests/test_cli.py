@@ -269,8 +269,10 @@ def test_ctrl_c_says_how_to_go_on(
 ) -> None:
     config = PipelineConfig.model_validate({**tiny_config.model_dump(), "train": {"epochs": 5_000, "batch_windows": 4}})
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    line = [sys.executable, "-m", "vnaw_pipeline", "train", "--manifest", drawn.manifest_path]
-    line += ["--annotations", drawn.annotations, "--store", drawn_store]
+    # A program that is started in the background, as these tests may be, does not hear Ctrl-C.
+    hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    line = [sys.executable, "-c", f"{hear}; from vnaw_pipeline.cli import main; main()", "train"]
+    line += ["--manifest", drawn.manifest_path, "--annotations", drawn.annotations, "--store", drawn_store]
     line += ["--run-dir", tmp_path / "run", "--config", tmp_path / "config.yaml"]
     process = subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:

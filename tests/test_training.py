@@ -624,5 +624,6 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(16_000_000).add(1)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(found.stdout) < 20  # without it 31,250 pages, or 62 large ones
+    runs = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(4))
+    # Without it always 31,250 pages, or 62 large ones; with it now and then, where the heap cannot grow in one piece.
+    assert min(int(run.stdout) for run in runs) < 20
