@@ -33,6 +33,7 @@ from vnaw_pipeline.features.encoder import build_encoder
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.features.views import PLAIN
 from vnaw_pipeline.prediction.predict import predict_videos
+from vnaw_pipeline.processes import keep_freed_memory
 from vnaw_pipeline.tasks import IGNORE_LABEL
 from vnaw_pipeline.temporal import TemporalModel
 from vnaw_pipeline.training.windows import train_windows
@@ -81,6 +82,7 @@ def measure_bank(work: Path, size: Size) -> list[Figure]:
 
 def measure_windows(work: Path, size: Size) -> list[Figure]:
     """A window batch with skipped frames and erased channels, against a bare gather into memory that is there."""
+    keep_freed_memory()  # as training does
     bank, labels, plan = _bank(work, size)
     generator = torch.Generator().manual_seed(0)
     rows = window_rows(plan, bank.first, _WINDOWS.window_frames, bank.zero_row)
