@@ -61,7 +61,8 @@ def measure_scale(work: Path, size: Size) -> list[Figure]:
             growth[stage] = times[2] / times[1] / (frames[2] / frames[1])
     most = max(growth, key=lambda stage: growth[stage], default="")
     detail = f"{most}, of the {len(growth)} stages above {_TOO_SHORT_S} s, from {frames[1]} to {frames[2]} frames"
-    return [*figures, Figure("growth in time / in frames", growth.get(most, 0.0), Goal("at most", 1.5), detail)]
+    judged = Goal("at most", 1.5) if growth else None
+    return [*figures, Figure("growth in time / in frames", growth.get(most, 0.0), judged, detail)]
 
 
 def measure_start(work: Path, size: Size) -> list[Figure]:
