@@ -112,6 +112,7 @@ WIDE = """
 import os, resource, sys
 from pathlib import Path
 import torch
+from vnaw_pipeline.bench.measure import peak_memory
 from vnaw_pipeline.config import PipelineConfig
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.training.windows import train_windows
@@ -130,7 +131,7 @@ used = {line.split(":")[0]: 1024 * int(line.split()[1])
 if int(limit):
     resource.setrlimit(resource.RLIMIT_DATA, (used["VmData"] + int(limit), resource.RLIM_INFINITY))
 train_windows(*map(Path, paths), config)
-print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used["VmRSS"])
+print(peak_memory() - used["VmRSS"])
 """
 WIDTH, FRAMES = 4096, 60_000
 BANK_BYTES = 2 * WIDTH * FRAMES
@@ -177,7 +178,7 @@ def test_training_takes_the_memory_of_its_bank_and_little_more(wide: list[str], 
     finished = train_wide(wide, tmp_path / "run", "memory", 0)
     assert finished.returncode == 0, finished.stderr[-2000:]
     taken = int(finished.stdout.splitlines()[-1])
-    assert BANK_BYTES < taken < BANK_BYTES + 1e9
+    assert BANK_BYTES < taken < BANK_BYTES + 4e8
 
 
 def test_a_compiled_model_has_the_same_losses(

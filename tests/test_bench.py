@@ -16,7 +16,7 @@ from vnaw_pipeline.bench import run
 from vnaw_pipeline.bench.data import FULL_VIDEOS, make_videos, manifest_of, write_annotations, write_crops
 from vnaw_pipeline.bench.encoding import centred_cosine
 from vnaw_pipeline.bench.figure import Figure, Goal, markdown_table
-from vnaw_pipeline.bench.measure import of_turns, peak_memory
+from vnaw_pipeline.bench.measure import of_turns, peak_memory_of
 from vnaw_pipeline.bench.run import MEASUREMENTS, run_bench
 from vnaw_pipeline.bench.size import QUICK, TINY_ENCODER
 from vnaw_pipeline.cli import app
@@ -146,7 +146,7 @@ def test_centred_cosine_sees_what_a_common_part_hides() -> None:
 def test_peak_memory_is_that_of_its_own_process() -> None:
     """What this process holds beside is no part of it, and what the call takes is."""
     held = np.ones(400_000_000, np.uint8)
-    few, many = peak_memory(np.ones, 10), peak_memory(np.ones, 25_000_000)
+    few, many = peak_memory_of(np.ones, 10), peak_memory_of(np.ones, 25_000_000)
     assert few < len(held)
     assert many - few == pytest.approx(200_000_000, rel=0.1)
 

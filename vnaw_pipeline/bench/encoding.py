@@ -13,7 +13,7 @@ import torch
 
 from vnaw_pipeline.bench.data import Video, draw_pictures, manifest_of, write_crops
 from vnaw_pipeline.bench.figure import Figure, Goal
-from vnaw_pipeline.bench.measure import of_turns, peak_memory, seconds
+from vnaw_pipeline.bench.measure import of_turns, peak_memory_of, seconds
 from vnaw_pipeline.bench.size import TINY_ENCODER, Size
 from vnaw_pipeline.config import EncoderConfig, PipelineConfig, load_config
 from vnaw_pipeline.demo import DEMO_CONFIG, demo_manifest
@@ -142,7 +142,8 @@ def measure_extraction_memory(work: Path, size: Size) -> list[Figure]:
         lengths = [min(5000, frames - start) for start in range(0, frames, 5000)]
         videos = [Video(f"video{index:04d}", "train", length) for index, length in enumerate(lengths)]
         write_crops(folder / "crops", videos, 32)
-        peaks.append(peak_memory(_extract, folder, videos, _config(TINY_ENCODER)))
+        stage = (extract_features, manifest_of(videos), folder / "crops", folder / "store.zarr", _config(TINY_ENCODER))
+        peaks.append(peak_memory_of(*stage))
         shutil.rmtree(folder)
     few, many = size.extraction_memory_frames
     detail = f"{peaks[0] / 1e6:.0f} MB at {few} frames, {peaks[1] / 1e6:.0f} MB at {many}"

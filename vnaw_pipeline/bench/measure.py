@@ -37,7 +37,7 @@ def of_turns(pairs: list[tuple[float, float]]) -> Turns:
     return Turns(statistics.median(first), statistics.median(second), ratio)
 
 
-def peak_memory(work: Callable[..., object], *arguments: Any) -> int:
+def peak_memory_of(work: Callable[..., object], *arguments: Any) -> int:
     """Bytes that a fresh process had resident at most while it called `work`, which pickle must find by its name."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_peak_after, work, arguments).result()
@@ -45,6 +45,11 @@ def peak_memory(work: Callable[..., object], *arguments: Any) -> int:
 
 def _peak_after(work: Callable[..., object], arguments: tuple[Any, ...]) -> int:
     work(*arguments)
+    return peak_memory()
+
+
+def peak_memory() -> int:
+    """Bytes that this process had resident at most."""
     status = Path("/proc/self/status")
     if status.is_file():  # not ru_maxrss, in which Linux counts the process that this one was started from
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))

@@ -24,7 +24,7 @@ from vnaw_pipeline.bench.data import (
     write_store,
 )
 from vnaw_pipeline.bench.figure import Figure, Goal
-from vnaw_pipeline.bench.measure import in_turns, of_turns, peak_memory, seconds
+from vnaw_pipeline.bench.measure import in_turns, of_turns, peak_memory_of, seconds
 from vnaw_pipeline.bench.size import Size
 from vnaw_pipeline.config import PipelineConfig, TemporalConfig, WindowConfig
 from vnaw_pipeline.crops.source import decode_crop
@@ -201,7 +201,8 @@ def measure_training_memory(work: Path, size: Size) -> list[Figure]:
     )
     write_annotations(work / "annotations", videos)
     write_store(work / "store.zarr", videos, width)
-    peak = peak_memory(_train, work, videos, config)
+    paths = (work / "annotations", work / "store.zarr", work / "run")
+    peak = peak_memory_of(train_windows, manifest_of(videos), *paths, config)
     frames = sum(video.num_frames for video in videos if video.split != "test")
     bank_bytes = 2 * width * frames
     model = TemporalModel(width, len(TASK.outputs), size.temporal)
@@ -221,21 +222,14 @@ def measure_prediction_memory(work: Path, size: Size) -> list[Figure]:
         folder = work / str(frames)
         lengths = np.diff([*range(0, frames, 5000), frames])
         videos = [Video(f"video{index:04d}", "test", int(length)) for index, length in enumerate(lengths)]
-        write_run(folder / "run", write_store(folder / "store.zarr", videos, width), config)
-        peaks.append(peak_memory(_predict, folder, videos))
+        store = write_store(folder / "store.zarr", videos, width)
+        run = write_run(folder / "run", store, config)
+        peaks.append(peak_memory_of(predict_videos, manifest_of(videos), store.path, run.path, "test"))
     few, many = size.prediction_memory_frames
     share = (peaks[1] - peaks[0]) / (2 * width * (many - few))
     detail = f"{peaks[0] / 1e9:.2f} GB at {few} frames, {peaks[1] / 1e9:.2f} GB at {many}, {width} wide; "
     detail += "what grows are the answers"
     return [Figure("prediction memory, share of further embeddings", share, Goal("at most", 0.5), detail)]
-
-
-def _train(folder: Path, videos: list[Video], config: PipelineConfig) -> None:
-    train_windows(manifest_of(videos), folder / "annotations", folder / "store.zarr", folder / "run", config)
-
-
-def _predict(folder: Path, videos: list[Video]) -> None:
-    predict_videos(manifest_of(videos), folder / "store.zarr", folder / "run", "test")
 
 
 def _bank(work: Path, size: Size) -> tuple[FeatureBank, Tensor, WindowPlan]:
