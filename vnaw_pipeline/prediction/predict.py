@@ -32,8 +32,8 @@ from vnaw_pipeline.stages import StageReport, progress_bar
 from vnaw_pipeline.tasks import Task
 from vnaw_pipeline.windows.plan import plan_windows
 
-FRAMES_AT_ONCE = 200_000
-"""Frames whose embeddings are in memory together, in whole videos; 400 MB at a width of 1024."""
+FRAMES_AT_ONCE = 100_000
+"""Frames whose embeddings are in memory together, in whole videos; 200 MB at a width of 1024."""
 
 
 def predict_videos(
@@ -73,24 +73,27 @@ def predict_videos(
     windows = run.config.windows
     num_windows = len(plan_windows(torch.tensor(lengths), windows.window_frames, windows.predict_stride))
     model = run.model.to(state.device)
-    raws, finals, valid = [], [], []
+
+    def predict_part(part: slice) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], Tensor]:
+        bank = open_bank(store, video_ids[part], shown=False, device=state.device)
+        stitched = stitch_predictions(
+            model,
+            bank,
+            run.config.tasks,
+            windows,
+            config.batch_windows,
+            process_index=state.process_index,
+            num_processes=state.num_processes,
+            reduce_sum=sum_over_processes,
+            bar=bar,
+        )
+        raw = stitched.cpu().numpy()
+        return raw, finish_probabilities(raw, bank, without_any, config, run.config.tasks), bank.valid[:-1].cpu()
+
     with progress_bar("predict", num_windows // state.num_processes, "windows", state.is_main_process) as bar:
-        for of_part in parts_of_videos(lengths, FRAMES_AT_ONCE):
-            bank = open_bank(store, video_ids[of_part], shown=False, device=state.device)
-            stitched = stitch_predictions(
-                model,
-                bank,
-                run.config.tasks,
-                windows,
-                config.batch_windows,
-                process_index=state.process_index,
-                num_processes=state.num_processes,
-                reduce_sum=sum_over_processes,
-                bar=bar,
-            )
-            raws.append(stitched.cpu().numpy())
-            finals.append(finish_probabilities(raws[-1], bank, without_any, config, run.config.tasks))
-            valid.append(bank.valid[:-1].cpu())
+        # in a function of its own, so that the embeddings of one part are gone before those of the next are read
+        parts = [predict_part(part) for part in parts_of_videos(lengths, FRAMES_AT_ONCE)]
+    raws, finals, valid = zip(*parts, strict=True)
     frames = _without_embeddings(video_ids, lengths, torch.cat(valid))
     if state.is_main_process:
         write_predictions(run.folder.raw_predictions(split), np.concatenate(raws), frames, run.config.tasks)
