@@ -144,6 +144,19 @@ def test_own_recordings_need_no_annotations(tmp_path):
     assert len(check_manifest(manifest.assign(num_frames=7), None, tree.crops, EXPR)) == 3
 
 
+def test_a_manifest_for_imported_embeddings_needs_no_crops(tree: Tree) -> None:
+    manifest = build_manifest(tree.annotations, None, EXPR)
+    assert manifest[["video_id", "num_frames", "crops"]].to_numpy().tolist() == [
+        ["1-30-1280x720", 3, ""],
+        ["video86_1", 2, ""],
+    ]
+    assert all(problem.severity == "warning" for problem in check_manifest(manifest, tree.annotations, None, EXPR))
+    of_crops = check_manifest(manifest, tree.annotations, tree.crops, EXPR)
+    assert sum(problem.severity == "error" for problem in of_crops) == 2, "here crops are said to be there"
+    with pytest.raises(DataError, match="nothing to make a manifest of"):
+        build_manifest(None, None, EXPR)
+
+
 def test_test_length_is_the_templates_then_the_videos_then_the_last_crops(tree, test_list):
     videos = tree.root / "videos" / "batch1"
     videos.mkdir(parents=True)

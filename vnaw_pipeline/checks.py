@@ -62,7 +62,7 @@ class _Row:
 def check_manifest(
     manifest: Path | pd.DataFrame,
     annotations_dir: Path | None,
-    crops_root: Path,
+    crops_root: Path | None,
     task: Task,
     videos_dir: Path | None = None,
     template: Path | None = None,
@@ -97,7 +97,8 @@ def check_manifest(
         for further in further_tasks:
             problems += _further_problems(rows, annotations_dir, further)
         problems += _unlabelled_problems(rows, annotations_dir, further_tasks)
-    problems += _crop_problems(rows, crops_root, has_videos=videos_dir is not None)
+    if crops_root is not None:
+        problems += _crop_problems(rows, crops_root, has_videos=videos_dir is not None)
     if videos_dir is not None:
         problems += _video_problems(rows, videos_dir)
     if template is not None:

@@ -31,6 +31,14 @@ app = typer.Typer(
 Manifest = Annotated[Path, typer.Option(help="Manifest of videos (CSV).", exists=True, dir_okay=False)]
 Annotations = Annotated[Path, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)]
 Crops = Annotated[Path, typer.Option(help="Folder that the manifest's crops lie under.", exists=True, file_okay=False)]
+SomeCrops = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that the manifest's crops lie under; without it, no video has crops and embeddings are imported.",
+        exists=True,
+        file_okay=False,
+    ),
+]
 Store = Annotated[str, typer.Option(help="Feature store: a folder, or s3://bucket/folder.")]
 Predictions = Annotated[
     str | None, typer.Option(help="Folder of the run's tables, or s3://bucket/folder; without it, in the run folder.")
@@ -86,7 +94,7 @@ def demo(
 @app.command()
 def manifest(
     out: Annotated[Path, typer.Option(help="Manifest to write (CSV).", dir_okay=False)],
-    crops: Crops,
+    crops: SomeCrops = None,
     annotations: Annotated[
         Path | None, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)
     ] = None,
@@ -122,7 +130,7 @@ def manifest(
 @app.command()
 def check(
     manifest: Manifest,
-    crops: Crops,
+    crops: SomeCrops = None,
     annotations: Annotated[
         Path | None, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)
     ] = None,

@@ -49,7 +49,7 @@ _LOG = logging.getLogger(__name__)
 
 def build_manifest(
     annotations_dir: Path | None,
-    crops_root: Path,
+    crops_root: Path | None,
     task: Task,
     test_list: Path | None = None,
     template: Path | None = None,
@@ -63,7 +63,8 @@ def build_manifest(
     The test videos are those of `test_list`, else of the submission `template`; with neither and without
     annotations, every video that has crops is one. A length is that of the annotation, else of the template, else of
     the video, else what the crops tell. Faulty files do not stop it; `check_manifest` names them.
-    `crops` is '' for a video without crops, `num_frames` 0 where nothing tells it.
+    `crops` is '' for a video without crops, and for all of them without `crops_root`, since embeddings of another
+    program need none; `num_frames` is 0 where nothing tells it.
 
     With `further_tasks` the rows are the videos that any of the tasks has annotations for; `annotation` is the file of
     `task`, '' where it has none, and the template may be that of any. A recording that is in the training set of one
@@ -78,10 +79,12 @@ def build_manifest(
     template_frames = {}
     if template is not None:
         template_frames = read_template(template, template_task(template, tasks)).frame_counts()
-    found = find_crops(crops_root)
+    found = find_crops(crops_root) if crops_root is not None else {}
     test_ids = read_video_list(test_list) if test_list is not None else list(template_frames)
     files = _one_row_a_video(of_tasks, test_ids) if further_tasks else [*of_tasks[0], *_test_rows(test_ids)]
     if annotations_dir is None and not files:
+        if crops_root is None:
+            raise DataError("There is nothing to make a manifest of. Give annotations, crops, test list or template.")
         files = _test_rows(found)
     crops = choose_crops(found, [file.video_id for file in files])
     videos = find_videos(videos_dir) if videos_dir is not None else {}
@@ -95,7 +98,11 @@ def build_manifest(
             (count_rows(annotations_dir / defining) if annotations_dir is not None and defining else 0)
             or template_frames.get(file.video_id, 0)
             or (_length_or_zero(video_frame_count, videos[source_video]) if source_video in videos else 0)
-            or (_length_or_zero(crops_frame_count, crops_root / crops_path) if crops_path else 0)
+            or (
+                _length_or_zero(crops_frame_count, crops_root / crops_path)
+                if crops_root is not None and crops_path
+                else 0
+            )
         )
         rows.append((file.video_id, file.split, num_frames, crops_path, file.path, "", source_video))
     manifest = pd.DataFrame(rows, columns=list(COLUMNS))
