@@ -18,7 +18,7 @@ from vnaw_pipeline.bench.encoding import centred_cosine
 from vnaw_pipeline.bench.figure import Figure, Goal, markdown_table
 from vnaw_pipeline.bench.measure import of_turns, peak_memory_of
 from vnaw_pipeline.bench.run import MEASUREMENTS, run_bench
-from vnaw_pipeline.bench.size import QUICK, TINY_ENCODER
+from vnaw_pipeline.bench.size import QUICK, TINY_ENCODER, Size
 from vnaw_pipeline.cli import app
 from vnaw_pipeline.config import TemporalConfig
 from vnaw_pipeline.errors import ConfigError, DataError
@@ -51,10 +51,8 @@ TINY = replace(
 
 @pytest.mark.parametrize("name", MEASUREMENTS)
 def test_every_measurement_gives_figures_and_leaves_nothing(name: str, tmp_path: Path) -> None:
-    said: list[str] = []
-    figures = run_bench(tmp_path, TINY, [name], said.append)
+    figures = list(run_bench(tmp_path, TINY, [name]))
     assert figures
-    assert len(said) == len(figures)
     for figure in figures:
         assert math.isfinite(figure.value), figure
         assert list(figure.as_json()) == ["name", "value", "goal", "holds", "detail"]
@@ -79,6 +77,22 @@ def test_the_command_writes_the_figures_as_json_and_prints_them(
     ]
 
 
+def test_figures_that_were_found_stay_when_a_later_measurement_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(work: Path, size: Size) -> list[Figure]:
+        raise DataError("no room left")
+
+    found = [Figure("c", 2.0, None, "seen")]
+    monkeypatch.setattr(run, "MEASUREMENTS", {"some": lambda work, size: found, "broken": broken})
+    done = CliRunner().invoke(
+        app, ["bench", "--quick", "--work-dir", str(tmp_path / "work"), "--json", str(tmp_path / "b.json")]
+    )
+    assert done.exit_code != 0
+    assert [row["name"] for row in json.loads((tmp_path / "b.json").read_text())] == ["c"]
+    assert list((tmp_path / "work").iterdir()) == []
+
+
 def test_the_table_says_what_holds() -> None:
     lines = markdown_table(
         [Figure("a", 0.5, Goal("at least", 0.7), "x"), Figure("b", 1.0, Goal("at most", 1.03), "y")]
@@ -100,13 +114,13 @@ def test_turns_are_medians_and_the_ratio_is_that_of_each_turn() -> None:
 
 def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no measurement memcpy; there are extraction, backend"):
-        run_bench(tmp_path, TINY, ["bank", "memcpy"], print)
+        list(run_bench(tmp_path, TINY, ["bank", "memcpy"]))
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     needed = shutil.disk_usage(tmp_path).total * 2
     with pytest.raises(DataError, match="GB free; measurements write"):
-        run_bench(tmp_path, replace(TINY, disk_bytes=needed), ["bank"], print)
+        list(run_bench(tmp_path, replace(TINY, disk_bytes=needed), ["bank"]))
     assert list(tmp_path.iterdir()) == []
 
 

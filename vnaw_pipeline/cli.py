@@ -479,7 +479,7 @@ def bench(
     work_dir: Annotated[Path, typer.Option(help="Folder for synthetic data, removed as it goes.")] = Path("bench_run"),
     quick: Annotated[bool, typer.Option("--quick", help="All of it small, in five minutes.")] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here too.", dir_okay=False)
+        Path | None, typer.Option("--json", help="Write the figures here too, as they are found.", dir_okay=False)
     ] = None,
 ) -> None:
     """Measure what each stage costs. On synthetic data; prints a table in markdown."""
@@ -489,10 +489,13 @@ def bench(
     from vnaw_pipeline.provenance import write_json
 
     _only_alone("bench")
-    figures = run_bench(work_dir, QUICK if quick else FULL, names or [], lambda line: typer.echo(line, err=True))
+    figures = []
+    for figure in run_bench(work_dir, QUICK if quick else FULL, names or []):
+        typer.echo(f"{figure.name}: {figure.value:.4g} ({figure.detail})", err=True)
+        figures.append(figure)
+        if json_file is not None:
+            write_json(json_file, [found.as_json() for found in figures])
     typer.echo(markdown_table(figures))
-    if json_file is not None:
-        write_json(json_file, [figure.as_json() for figure in figures])
 
 
 def _evaluate_encoder(encoder: str, faces: Path, split: Split, json_file: Path | None) -> None:

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vnaw_pipeline.bench.encoding import (
@@ -40,8 +40,8 @@ MEASUREMENTS: dict[str, Callable[[Path, Size], list[Figure]]] = {
 }
 
 
-def run_bench(work_dir: Path, size: Size, names: Sequence[str], say: Callable[[str], None]) -> list[Figure]:
-    """Measure; no names are all of them. `say` is given each figure as it is found.
+def run_bench(work_dir: Path, size: Size, names: Sequence[str]) -> Iterator[Figure]:
+    """Measure, and yield each figure as it is found; no names are all of them.
 
     Raises:
         ConfigError: a name that is none. DataError: the disk of `work_dir` has too little room.
@@ -55,10 +55,6 @@ def run_bench(work_dir: Path, size: Size, names: Sequence[str], say: Callable[[s
             f"{work_dir} has {free / 1e9:.1f} GB free; measurements write {size.disk_bytes / 1e9:.1f} GB at a time. "
             "Give another --work-dir, or measure with --quick."
         )
-    figures = []
     for name in names or MEASUREMENTS:
         with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=work_dir) as folder:
-            for figure in MEASUREMENTS[name](Path(folder), size):
-                say(f"{figure.name}: {figure.value:.4g} ({figure.detail})")
-                figures.append(figure)
-    return figures
+            yield from MEASUREMENTS[name](Path(folder), size)
