@@ -93,6 +93,7 @@ RECIPES: dict[str, Overrides] = {
 }
 FEW_SEEDS = 3
 PAPER = ("plain", "+ Aug", "+ NAW", "+ Aug + NAW")
+SCORES = ("truth", "smoothed")
 HALF_WIDTHS = (0, 5, 10, 20, 40, 80)
 
 
@@ -265,16 +266,24 @@ class Results:
 
 
 def tables(results: Results) -> str:
-    """Macro-F1 in percent, mean and deviation over seeds, one table for each encoder and kind of labels."""
+    """Macro-F1 against the truth in percent, mean and deviation over seeds: for each encoder and kind of labels a table
+    with a row for each recipe, each level as the model says and smoothed. The probe on single frames is of no level and
+    stands with the frames where there is such a column."""
     parts = []
-    for encoder, labels in dict.fromkeys((job.encoder, job.labels) for job in results.figures):
-        lines = [f"### {encoder} encoder, labels: {labels}", ""]
-        lines += ["| recipe | level | seeds | truth | truth, smoothed | given labels |", "|---|---|---|---|---|---|"]
-        of_table = {job: row for job, row in results.figures.items() if (job.encoder, job.labels) == (encoder, labels)}
-        for recipe, level in sorted(dict.fromkeys((job.recipe, job.level) for job in of_table), key=lambda of: of[1]):
-            rows = [row for job, row in of_table.items() if (job.recipe, job.level) == (recipe, level)]
-            cells = [mean_and_deviation([row[key] for row in rows]) for key in ("truth", "smoothed", "given")]
-            lines.append("| " + " | ".join([recipe, level or "-", str(len(rows)), *cells]) + " |")
+    for ground in dict.fromkeys((job.encoder, job.labels) for job in results.figures):
+        of_table = [(job, row) for job, row in results.figures.items() if (job.encoder, job.labels) == ground]
+        levels = sorted({job.level for job, _ in of_table if job.level}, reverse=True) or [""]
+        rows: dict[str, dict[str, list[dict[str, float]]]] = {}
+        for job, row in of_table:
+            rows.setdefault(job.recipe, {level: [] for level in levels})[job.level or levels[-1]].append(row)
+        columns = [f"{level} {score}".strip() for level in levels for score in SCORES]
+        lines = ["### {} encoder, labels: {}".format(*ground), "", f"| recipe | seeds | {' | '.join(columns)} |"]
+        lines += ["|---" * (2 + len(columns)) + "|"]
+        for recipe, of_levels in rows.items():
+            cells = [
+                mean_and_deviation([row[score] for row in of_levels[level]]) for level in levels for score in SCORES
+            ]
+            lines.append(f"| {recipe} | {max(map(len, of_levels.values()))} | {' | '.join(cells)} |")
         parts.append("\n".join(lines) + "\n")
     lines = ["### Mean weight w of training frames, at the end of the first seed's run", ""]
     lines += ["| run | wrong labels | w, right | w, wrong |", "|---|---|---|---|"]
@@ -289,7 +298,9 @@ def tables(results: Results) -> str:
 
 def mean_and_deviation(shares: list[float]) -> str:
     values = 100 * np.array(shares)
-    return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+    if len(values) > 1:
+        return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+    return " ".join(f"{value:.1f}" for value in values)  # none at all: a recipe without this level
 
 
 @dataclass(frozen=True)
