@@ -49,7 +49,7 @@ from vnaw_pipeline.crops.sink import Crop, find_pack, write_pack
 from vnaw_pipeline.crops.video import Rgb
 from vnaw_pipeline.facesets.faces import FaceSet, Split
 from vnaw_pipeline.facesets.read import read_faces
-from vnaw_pipeline.features.bank import open_bank
+from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.encoder import encoder_of_weights, find_weights
 from vnaw_pipeline.features.extract import extract_features
 from vnaw_pipeline.features.store import open_store
@@ -58,8 +58,9 @@ from vnaw_pipeline.manifests import build_manifest, read_labels, write_manifest
 from vnaw_pipeline.metrics import score_predictions
 from vnaw_pipeline.prediction.finish import finish_video
 from vnaw_pipeline.prediction.predict import predict_videos, read_predictions, write_predictions
+from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.provenance import write_text
-from vnaw_pipeline.runs import RunFolder
+from vnaw_pipeline.runs import RunFolder, open_run
 from vnaw_pipeline.stages import usable_cores
 from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL, SPLIT_DIRS, TASKS
 from vnaw_pipeline.training.windows import train_windows
@@ -91,8 +92,12 @@ RECIPES: dict[str, Overrides] = {
     "+ Aug + NAW, w alone": AUGMENTED | NAW | {"loss.mix": "lam", "loss.lam_a": 0.0},
     "+ Aug + NAW, gradient through w": AUGMENTED | NAW | {"loss.weights_carry_gradient": True},
 }
+IN_FLOAT32 = "plain, scored in float32"
+"""The plain model, trained on embeddings by `extract.backend: auto`, on validation embeddings that PyTorch computed in
+float32: what the fast arithmetic does to a score."""
 FEW_SEEDS = 3
 PAPER = ("plain", "+ Aug", "+ NAW", "+ Aug + NAW")
+EXACT = "shipped_float32.zarr"
 SCORES = ("truth", "smoothed")
 HALF_WIDTHS = (0, 5, 10, 20, 40, 80)
 
@@ -114,6 +119,8 @@ def main(
         stores[name] = work_dir / f"{name}.zarr"
         config = PipelineConfig(encoder=encoder)
         sys.stdout.write(extract_features(manifest, work_dir / "crops", stores[name], config).summary() + "\n")
+    exact = PipelineConfig(encoder=encoders(imagenet)["shipped"], extract={"backend": "torch", "precision": "fp32"})
+    extract_features(manifest[manifest.split == "validation"], work_dir / "crops", work_dir / EXACT, exact)
     results = Results(work_dir / "results.jsonl")
     started = time.monotonic()
     jobs = [job for job in jobs_of(seeds) if not results.has(job)]
@@ -155,6 +162,7 @@ def jobs_of(seeds: int) -> list[Job]:
     for seed in range(seeds):
         recipes = RECIPES if seed < FEW_SEEDS else PAPER
         jobs += [Job(*grounds[0], recipe, level, seed) for level in ("window", "frame") for recipe in recipes]
+        jobs += [Job(*grounds[0], IN_FLOAT32, "frame", seed)] if seed < FEW_SEEDS else []
         if seed < FEW_SEEDS:
             jobs += [Job(*ground, recipe, "window", seed) for ground in grounds[1:] for recipe in PAPER]
     return jobs
@@ -167,11 +175,14 @@ def one_run(job: Job, work_dir: Path, manifest: pd.DataFrame, store: Path) -> di
     run = RunFolder(work_dir / "runs" / re.sub(r"[^a-z0-9]+", "_", "_".join(map(str, job)).lower()))
     weights = {}
     if job.level:
-        overrides = {"seed": job.seed, "loss.level": job.level, **RECIPES[job.recipe]}
+        overrides = {"seed": job.seed, "loss.level": job.level, **RECIPES.get(job.recipe, {})}
         config = load_config(CONFIG, [f"{key}={value}" for key, value in overrides.items()])
         train_windows(manifest, given, store, run.path, config)
-        predict_videos(manifest, store, run.path, "validation")
-        raw = read_predictions(run.raw_predictions("validation"), TASK)
+        if job.recipe == IN_FLOAT32:
+            raw = predictions_on(work_dir / EXACT, run)
+        else:
+            predict_videos(manifest, store, run.path, "validation")
+            raw = read_predictions(run.raw_predictions("validation"), TASK)
         if config.loss.weighting == "naw" and job.seed == 0:
             weights = mean_weights(manifest, given, truth, store, run, config)
     else:
@@ -240,8 +251,21 @@ def probe_predictions(manifest: pd.DataFrame, given: Path, store: Path) -> pd.Da
     bank = banks["validation"]
     answered = np.zeros((bank.zero_row, len(EXPRESSIONS)), np.float32)
     answered[:, probe.classes_] = probe.predict_proba(bank.embeddings[:-1].numpy().astype(np.float32))
+    return as_table(answered, bank)
+
+
+def predictions_on(store: Path, run: RunFolder) -> pd.DataFrame:
+    """What a run's model says on a store that was made in another way than the one it learnt from."""
+    opened = open_run(run.path)
+    bank = open_bank(open_store(store), shown=False)
+    batch_windows = opened.config.predict.batch_windows
+    return as_table(stitch_predictions(opened.model, bank, [TASK], opened.config.windows, batch_windows).numpy(), bank)
+
+
+def as_table(answered: npt.NDArray[np.float32], bank: FeatureBank) -> pd.DataFrame:
+    """Answers (N, K) for a bank's frames as a table of predictions."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "probe.parquet"
+        path = Path(folder) / "answers.parquet"
         write_predictions(path, answered, bank, [TASK])
         return read_predictions(path, TASK)
 
