@@ -20,6 +20,8 @@ from vnaw_pipeline.temporal import (
     TCN_KERNEL,
     ConvolutionBlock,
     TemporalModel,
+    attention,
+    dropout,
     rotate,
     sinusoidal_positions,
     stochastic_depth,
@@ -247,3 +249,47 @@ def test_stochastic_depth_acts_in_training_and_more_in_later_layers() -> None:
 def test_rotary_needs_pairs_of_channels() -> None:
     with pytest.raises(ValueError, match=r"width 10 over 2 heads leaves 5 channels a head; make that even"):
         TemporalConfig(width=10, heads=2, position="rotary")
+
+
+@given(st.sampled_from([0.1, 0.3, 0.5, 0.6, 0.9]), st.integers(1, 9), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_dropout_takes_its_share_and_keeps_the_mean(probability: float, odd: int, seed: int) -> None:
+    """Five deviations of a binomial share; also for sizes that no word divides. What stays is scaled by 1 / (1 - p), up
+    to the rounding of p, and the gradient by the same mask."""
+    torch.manual_seed(seed)
+    x = torch.ones(1000, odd, requires_grad=True)
+    out = dropout(x, probability)
+    out.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, out.detach())
+    kept = out.detach()[out.detach() != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - probability)), rtol=2**-12, atol=0)
+    deviation = math.sqrt(probability * (1 - probability) / x.numel())
+    assert abs(len(kept) / x.numel() - (1 - probability)) < 5 * deviation + 2**-16
+
+
+def test_neighbours_of_one_random_word_fall_out_independently() -> None:
+    torch.manual_seed(0)
+    stays = (dropout(torch.ones(400_000), 0.4) != 0).float().view(-1, 4)
+    correlation = torch.corrcoef(torch.cat([stays[:-1], stays[1:]], dim=1).T) - torch.eye(8)
+    assert correlation.abs().max() < 5 / math.sqrt(len(stays))
+
+
+def test_dropout_draws_anew_and_by_the_seed() -> None:
+    torch.manual_seed(3)
+    first, second = dropout(torch.ones(100), 0.5), dropout(torch.ones(100), 0.5)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(torch.ones(100), 0.5), first)
+    assert not torch.equal(first, second)
+
+
+def test_attention_in_training_is_torchs_up_to_what_falls_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 7, 8, generator=generator, dtype=torch.float64)
+    seen = (torch.rand(2, 1, 7, 7, generator=generator) < 0.5) | torch.eye(7, dtype=torch.bool)
+    monkeypatch.setattr("vnaw_pipeline.temporal.dropout", lambda x, probability: x)
+    torchs = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+    torch.testing.assert_close(attention(query, key, value, seen, 0.5), torchs)
+    monkeypatch.undo()
+    drawn = torch.stack([attention(query, key, value, seen, 0.5) for _ in range(4000)])
+    assert (drawn.mean(dim=0) - torchs).abs().max() < 6 * (drawn.std(dim=0) / math.sqrt(len(drawn))).max()

@@ -7,6 +7,7 @@ parameters, start values and numbers are those of torch's.
 """
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from vnaw_pipeline.config import TemporalConfig
 
 TCN_KERNEL = 3
 """Frames that a temporal convolution sees at once."""
+_LEVELS = 2**16
+"""A CPU draws the mask of four elements as one 64-bit word, so a chance is a whole number of these."""
 
 
 class TemporalModel(nn.Module):
@@ -57,7 +60,7 @@ class ConvolutionBlock(nn.Module):
         super().__init__()
         self.first = nn.Conv1d(config.width, config.width, TCN_KERNEL, dilation=dilation)
         self.second = nn.Conv1d(config.width, config.width, TCN_KERNEL, dilation=dilation)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         reach = (TCN_KERNEL - 1) * dilation
         self.padding = (reach, 0) if config.causal else (reach // 2, reach // 2)
 
@@ -100,7 +103,7 @@ class EncoderLayer(nn.Module):
         self.linear2 = nn.Linear(config.feed_forward, config.width)
         self.norm1 = nn.LayerNorm(config.width)
         self.norm2 = nn.LayerNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, hidden: Tensor, seen: Tensor, drop_path: float) -> Tensor:
         """(B, P, W) from (B, P, W); `drop_path` is the chance that a window passes by each part in training."""
@@ -133,10 +136,51 @@ class SelfAttention(nn.Module):
         query, key, value = of_heads.permute(2, 0, 3, 1, 4)  # each (B, H, P, W / H)
         if self.rotary:
             query, key = rotate(query), rotate(key)
-        dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout)
+        attended = attention(query, key, value, seen, self.dropout if self.training else 0.0)
         out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
         return out
+
+
+class Dropout(nn.Module):
+    """`torch.nn.Dropout`, with the mask of `dropout`."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape, which stays; in evaluation x itself."""
+        return dropout(x, self.probability) if self.training else x
+
+
+def dropout(x: Tensor, probability: float) -> Tensor:
+    """Each element zero with this chance, the others scaled up so that their mean stays.
+
+    On a CPU, where PyTorch draws element by element on one core, which was a third of a training step, the chance is
+    rounded to 2**-16; elsewhere, and when it is compiled, this is PyTorch's own.
+    """
+    if probability == 0 or not _draws_words(x):
+        return F.dropout(x, probability)
+    dropped = round(probability * _LEVELS)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    stays = words.view(torch.int16)[: x.numel()] >= dropped - _LEVELS // 2
+    return x * stays.view(x.shape).to(x.dtype).mul_(_LEVELS / (_LEVELS - dropped))
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, probability: float) -> Tensor:
+    """`F.scaled_dot_product_attention` (B, H, P, E) with dropout of what is looked at, by the mask of `dropout`.
+
+    `seen` (B, 1, P, P) is true where a frame (row) may look at a frame (column), of which each has one at least.
+    """
+    if probability == 0 or not _draws_words(query):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=probability)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    looked_at = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
+    return dropout(looked_at.to(value.dtype), probability) @ value
+
+
+def _draws_words(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def stochastic_depth(branch: Tensor, probability: float) -> Tensor:
