@@ -81,6 +81,13 @@ def test_each_unit_is_weighed_alone(seed: int, count: int, classes: int, progres
     torch.testing.assert_close(alone, weights[:1])
 
 
+def test_many_units_take_memory_in_proportion() -> None:
+    """The N x N form of the public code would need 160 GB for these."""
+    count = 200_000
+    p = random_probabilities(0, count, 8)
+    assert naw_weights(p, torch.arange(count) % 8, 0.5, NAW_PRESETS["nla"]).shape == (count,)
+
+
 def test_confident_disagreement_weighs_least_and_ambiguity_most() -> None:
     p = torch.tensor([[0.5, 0.5, 0.0], [0.98, 0.01, 0.01], [0.01, 0.98, 0.01]])
     ambiguous, clean, wrong = naw_weights(p, torch.zeros(3, dtype=torch.int64), 1.0, NAW_PRESETS["nla"])
@@ -236,7 +243,7 @@ def test_bootstrapped_targets_carry_no_gradient() -> None:
 @pytest.mark.parametrize("level", ["window", "frame"])
 def test_gradient_past_the_weights_takes_them_for_constants(level: str) -> None:
     """The gradient is that of cross-entropy, unit by unit, times the unit's factor."""
-    naw = LossConfig.model_validate({"level": level, "weights_carry_gradient": False})
+    naw = LossConfig.model_validate({"level": level})  # off by default; the public code has it on
     plain = LossConfig.model_validate({"level": level, "weighting": "none"})
     logits, labels, valid = random_batch(1)
     logits.requires_grad_()
