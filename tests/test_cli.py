@@ -51,6 +51,7 @@ FROZEN_OPTIONS = {
         "--run-dir",
         "--config",
         "--set",
+        "--fold",
         "--overwrite",
         "--allow-pickle",
     },
@@ -124,6 +125,7 @@ def finished(
             *("predict", "--manifest", work / "m.csv", "--store", drawn_store, "--run-dir", work / "run"),
             *("--split", "test", "--tuned", "--set", "predict.batch_windows=3"),
         ),
+        ("predict", "--manifest", work / "m.csv", "--store", drawn_store, "--run-dir", work / "run", "--tuned"),
         ("combine", *2 * ("--run-dir", work / "run"), "--how", "mean", "--out", work / "both"),
         ("combine", *2 * ("--run-dir", work / "run"), "--how", "mean", "--out", work / "both", "--split", "test"),
         ("evaluate", "--manifest", work / "m.csv", "--annotations", drawn.annotations, "--run-dir", work / "both"),
@@ -158,6 +160,7 @@ def test_a_whole_run_leaves_what_it_says(finished: Path, drawn: DrawnData) -> No
     }
 
 
+EXIT_TWO = ("misspelt key", "a cascade of what is none", "a run's own value", "tuned and set")
 WRONG = {
     "misspelt key": ("train", ["--set", "train.epocs=2"], "unknown key 'train.epocs'"),
     "no such store": ("train", ["--store", "{tmp}/nowhere"], "There is no feature store at"),
@@ -166,6 +169,8 @@ WRONG = {
     "tuning on test": ("tune", ["--split", "test"], "'test' has no labels"),
     "tuned before tuning": ("predict", ["--run-dir", "{tmp}/untuned", "--tuned"], "Make it with `vnaw tune`"),
     "a cascade of what is none": ("combine", ["--how", "hard"], "one run of coarse5 and one of negative4"),
+    "a run's own value": ("predict", ["--set", "windows.predict_stride=1"], "takes values of the section predict only"),
+    "tuned and set": ("predict", ["--tuned", "--set", "predict.smooth.kind=mean"], "--tuned has found these values"),
     "another template": ("submit", ["--template", "{va_template}"], "template of task va"),
     "a manifest that is none": ("train", ["--manifest", "{tmp}/text.mp4"], "the header is"),
     "another config in the folder": ("train", ["--set", "seed=5"], "another config"),
@@ -203,7 +208,7 @@ def test_wrong_input_is_one_message(
     arguments = [part for option, value in options.items() if option not in filled for part in (option, value)]
     done = vnaw(command, *arguments, *filled)
     said = done.stdout + done.stderr
-    assert done.returncode == (2 if case in ("misspelt key", "a cascade of what is none") else 1), said
+    assert done.returncode == (2 if case in EXIT_TWO else 1), said
     assert "Traceback" not in said
     status = tmp_path / "crops" / "status.csv"
     assert words in said + (status.read_text() if status.exists() else "")

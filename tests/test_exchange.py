@@ -231,6 +231,45 @@ def test_a_store_keeps_to_what_it_was_made_from(tree: Path, tmp_path: Path) -> N
         import_features(manifest(**LENGTHS), tree, tmp_path / "extracted")
 
 
+@pytest.mark.parametrize("layout", ["tree", "hdf5"])
+def test_frames_that_come_late_or_go_are_imported_again(
+    layout: Layout, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as those of a copy that was still going on; also if the import that notices is killed."""
+    lengths = manifest(**LENGTHS)
+    whole, partly = tmp_path / "whole", tmp_path / "partly" / "features_mean"
+    if layout == "tree":
+        shutil.copytree(tree, whole)
+    else:
+        export_features(import_into(tree, tmp_path / "all"), whole, layout)
+    shutil.copytree(whole, partly)
+    if layout == "tree":
+        for number in (3, 6):
+            (partly / "a" / f"{number:05d}.npy").unlink()
+    else:
+        with h5py.File(partly / "a.h5", "r+") as file:
+            file["valid"][[2, 5]] = False
+    store = tmp_path / "s"
+    import_features(lengths, partly, store)
+    assert open_store(store).valid("a").sum() == len(VALID["a"]) - 2
+    shutil.rmtree(partly)
+    shutil.copytree(whole, partly)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FeatureStore, "write_unit", interrupted)
+        import_features(lengths, partly, store)
+    assert import_features(lengths, partly, store).done == 1
+    assert_holds_the_frames(open_store(store))
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def import_into(tree: Path, store: Path) -> Path:
+    import_features(manifest(**LENGTHS), tree, store)
+    return store
+
+
 def test_a_lost_chunk_is_imported_again(tree: Path, place: Location) -> None:
     import_features(manifest(**LENGTHS), tree, place / "s")
     (place / "s" / "plain" / "a" / "c" / "1" / "0").unlink()

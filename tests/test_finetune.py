@@ -15,12 +15,18 @@ from vnaw_pipeline.annotations import read_annotation
 from vnaw_pipeline.checkpoints import load_tensors
 from vnaw_pipeline.config import PipelineConfig, dump_config
 from vnaw_pipeline.errors import CheckpointError, ConfigError
+from vnaw_pipeline.experiments import cross_validate
 from vnaw_pipeline.features.encoder import build_encoder, encoder_of_weights, load_encoder, parameter_groups
+from vnaw_pipeline.features.extract import extract_features
+from vnaw_pipeline.features.store import open_store
+from vnaw_pipeline.folds import fold_split, recordings_in
 from vnaw_pipeline.layouts import find_annotations
+from vnaw_pipeline.manifests import build_manifest
 from vnaw_pipeline.runs import RunFolder, open_run
 from vnaw_pipeline.tasks import TASKS
 from vnaw_pipeline.training.frames import LabelledFrames, finetune_encoder
 from vnaw_pipeline.training.loop import Recipe, fit
+from vnaw_pipeline.training.windows import train_windows
 
 from .conftest import DrawnData
 from .test_training import changed, losses, optimisation
@@ -191,3 +197,27 @@ def test_two_processes_finetune_like_one(drawn: DrawnData, tiny_config: Pipeline
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("finetune: 2 epochs done") == 1
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
+
+
+def test_a_fold_is_fine_tuned_alone_and_scores_that_its_encoder_knows_are_said(
+    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    folded = build_manifest(drawn.annotations, drawn.crops, TASKS["expr8"], template=drawn.template, folds=2)
+    config = changed(changed(tiny_config, "train", epochs=1), "finetune", epochs=1)
+    finetune_encoder(folded, drawn.annotations, drawn.crops, tmp_path / "ft", config, fold=0)
+    best = RunFolder(tmp_path / "ft").best
+    with pytest.raises(CheckpointError, match="belongs to another run"):
+        finetune_encoder(folded, drawn.annotations, drawn.crops, tmp_path / "ft", config, fold=1)
+    config = changed(config, "encoder", weights=best)
+    extract_features(folded, drawn.crops, tmp_path / "s", config)
+    learnt = set(open_store(tmp_path / "s").fingerprint["learnt_from"])
+    assert learnt == recordings_in(fold_split(folded, 0), "train")
+    notes = {}
+    for fold in (0, 1):
+        report = train_windows(folded, drawn.annotations, tmp_path / "s", tmp_path / f"run{fold}", config, fold=fold)
+        notes[fold] = " ".join(report.notes)
+    of_fold = recordings_in(fold_split(folded, 1), "validation")
+    assert "the encoder has learnt from" not in notes[0]
+    assert f"the encoder has learnt from {len(of_fold & learnt)} of {len(of_fold)} validation recordings" in notes[1]
+    done = cross_validate(folded, drawn.annotations, tmp_path / "s", tmp_path / "cv", config)
+    assert sum("the encoder has learnt from" in note for note in done.notes) >= 1

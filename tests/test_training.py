@@ -473,6 +473,21 @@ def test_a_fold_is_predicted_and_scored_with_its_own_splits(
     assert scores.macro_f1 == pytest.approx(run.header["macro_f1"], abs=1e-9)
     with pytest.raises(CheckpointError, match="belongs to another run"):
         train_windows(folded, drawn.annotations, drawn_store, tmp_path / "a", tiny_config, fold=0)
+    otherwise = folded.assign(fold=folded.fold.map({"0": "1", "1": "0"}).fillna(folded.fold))
+    with pytest.raises(DataError, match=r"has learnt from \d+ recordings of the split 'validation'"):
+        predict_videos(otherwise, drawn_store, tmp_path / "a", "validation")
+    predict_videos(folded, drawn_store, tmp_path / "a", "train")
+
+
+def test_a_start_that_failed_does_not_stand_in_the_way(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    unused = changed(changed(tiny_config, "windows", window_frames=4000), "loss", min_labelled=1.0)
+    with pytest.raises(DataError, match="Lower loss.min_labelled"):
+        train(drawn, drawn_store, tmp_path / "run", unused)
+    assert train(drawn, drawn_store, tmp_path / "run", tiny_config).done == 2
+    with pytest.raises(CheckpointError, match="another config"):
+        train(drawn, drawn_store, tmp_path / "run", unused)
 
 
 def test_smoothing_can_be_chosen_after_training(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vnaw_pipeline.annotations import write_annotation
-from vnaw_pipeline.checkpoints import save_tensors
+from vnaw_pipeline.checkpoints import load_tensors, save_tensors
 from vnaw_pipeline.config import PipelineConfig, PredictConfig, SmoothConfig, dump_config
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
 from vnaw_pipeline.metrics import affect_scores
@@ -20,7 +20,7 @@ from vnaw_pipeline.prediction.cascade import hard_cascade, soft_cascade
 from vnaw_pipeline.prediction.combine import aligned, combine_runs
 from vnaw_pipeline.prediction.evaluate import evaluate_predictions
 from vnaw_pipeline.prediction.finish import finish_video
-from vnaw_pipeline.prediction.predict import read_predictions
+from vnaw_pipeline.prediction.predict import MADE_BY, made_by_of, read_predictions
 from vnaw_pipeline.prediction.submission import write_submission
 from vnaw_pipeline.prediction.tables import finish_table, open_predicted
 from vnaw_pipeline.prediction.tune import Tuning, TuningVideo, smoothings, tune, tune_run, tuning_parts
@@ -175,6 +175,47 @@ def test_tuned_values_belong_to_their_model(made: Tables) -> None:
         open_predicted(made.root / "other").tuned()
 
 
+def test_tables_belong_to_their_model(made: Tables) -> None:
+    """A training that goes on may leave another best model beside the tables of the one before."""
+    run = made.run("a")
+    for path in (RunFolder(run).raw_predictions("validation"), RunFolder(run).predictions("validation")):
+        table = pd.read_parquet(path)
+        table.attrs[MADE_BY] = made_by_of(open_predicted(run).digest, PredictConfig())
+        table.to_parquet(path)
+    tune_run(made.manifest, made.annotations, run)
+    tensors, header = load_tensors(RunFolder(run).best)
+    save_tensors(RunFolder(run).best, {"w": tensors["w"] + 1}, header)
+    for work in (
+        lambda: tune_run(made.manifest, made.annotations, run),
+        lambda: combine_runs([run, run], "mean", made.root / "both", "validation"),
+    ):
+        with pytest.raises(DataError, match=r"made by another model than .* holds now. Run `vnaw predict` again"):
+            work()
+
+
+def test_members_are_finished_alike_in_all_splits(made: Tables) -> None:
+    run = made.run("a")
+    digest = open_predicted(run).digest
+    for split, config in (("validation", PredictConfig()), ("test", PredictConfig(bias=(1.0,) * 8))):
+        table = pd.read_parquet(RunFolder(run).predictions(split))
+        table.attrs[MADE_BY] = made_by_of(digest, config)
+        table.to_parquet(RunFolder(run).predictions(split))
+    combine_runs([run, run], "mean", made.root / "both", "validation")
+    with pytest.raises(CheckpointError, match="finished their answers in another way"):
+        combine_runs([run, run], "mean", made.root / "both", "test")
+
+
+def test_action_units_are_tuned_on_the_frames_that_are_scored() -> None:
+    """Unit by unit: one that is never annotated takes no frame from the others, and keeps its threshold."""
+    videos = [video("units", seed, f"v{seed}") for seed in range(6)]
+    for one in videos:
+        one.labels[:, 1] = -1
+    found = tuning_of(videos, TASKS["au"])
+    assert found.predict.thresholds is not None
+    assert found.predict.thresholds[1] == 0.5
+    assert found.after > found.before
+
+
 def test_a_folds_run_is_tuned_on_the_folds_videos(made: Tables) -> None:
     run = made.run("a", fold=0)
     tables = [pd.read_parquet(RunFolder(run).raw_predictions(split)) for split in ("train", "validation")]
@@ -201,7 +242,7 @@ def video(kind: str, seed: int, source_video: str) -> TuningVideo:
 
 def tuning_of(videos: list[TuningVideo], task: Task) -> Tuning:
     nothing = np.zeros(videos[0].raw.shape[1], np.float32)
-    return tune(videos, nothing, PredictConfig(), task, smoothings(SmoothConfig(), [task]))
+    return tune(videos, nothing, PredictConfig(), task, smoothings(SmoothConfig(), task.kind))
 
 
 @pytest.mark.parametrize("task", [TASKS["va"], TASKS["au"]])
@@ -233,9 +274,9 @@ def test_cross_tuning_never_sees_the_part_it_is_scored_on() -> None:
 
 def test_settings_to_try_start_with_the_runs_own() -> None:
     own = SmoothConfig(kind="mean", half_width=7)
-    assert smoothings(own, [EXPR])[0] == own
-    assert {of.kind for of in smoothings(own, [EXPR])} == {"none", "mean", "median", "mode", "sp"}
-    assert {of.kind for of in smoothings(own, [EXPR, TASKS["va"]])} == {"none", "mean", "median", "sp"}
+    assert smoothings(own, EXPR.kind)[0] == own
+    assert {of.kind for of in smoothings(own, EXPR.kind)} == {"none", "mean", "median", "mode", "sp"}
+    assert {of.kind for of in smoothings(own, TASKS["va"].kind)} == {"none", "mean", "median", "sp"}
 
 
 @several

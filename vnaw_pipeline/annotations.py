@@ -114,9 +114,11 @@ def write_annotation(path: Path, labels: Labels, task: Task) -> None:
 
 
 def labelled(labels: Labels) -> npt.NDArray[np.bool_]:
-    """Which frames are annotated, (T,): for affect and action units, those annotated in every column."""
+    """Which frames are annotated, (T,): affect in both dimensions, action units for any of them, as they are scored."""
     annotated: npt.NDArray[np.bool_] = ~np.isnan(labels) if labels.dtype.kind == "f" else labels != IGNORE_LABEL
-    return annotated if annotated.ndim == 1 else np.all(annotated, axis=1)
+    if annotated.ndim == 2:
+        annotated = np.asarray(annotated.all(axis=1) if labels.dtype.kind == "f" else annotated.any(axis=1))
+    return annotated
 
 
 def _header(task: Task) -> str:

@@ -48,6 +48,7 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="YAML configuration; without it, the paper's sizes.", exists=True, dir_okay=False),
 ]
+Fold = Annotated[int | None, typer.Option(help="Validate on this fold of the manifest.", min=0)]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override one value: section.key=value. Repeatable.")
 ]
@@ -195,6 +196,7 @@ def finetune(
     run: Run,
     config: ConfigFile = None,
     overrides: Overrides = None,
+    fold: Fold = None,
     overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
@@ -203,9 +205,10 @@ def finetune(
     from vnaw_pipeline.training.frames import finetune_encoder
 
     resolved = load_config(config, overrides)
-    _finish(
-        finetune_encoder(manifest, annotations, crops, run, resolved, allow_pickle=allow_pickle, overwrite=overwrite)
+    report = finetune_encoder(
+        manifest, annotations, crops, run, resolved, fold=fold, allow_pickle=allow_pickle, overwrite=overwrite
     )
+    _finish(report)
 
 
 @app.command()
@@ -266,7 +269,7 @@ def train(
     run: Run,
     config: ConfigFile = None,
     overrides: Overrides = None,
-    fold: Annotated[int | None, typer.Option(help="Validate on this fold of the manifest.", min=0)] = None,
+    fold: Fold = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Train the temporal model on windows of the stored embeddings."""
@@ -293,6 +296,10 @@ def predict(
     from vnaw_pipeline.prediction.tables import open_predicted
     from vnaw_pipeline.runs import RunFolder
 
+    for key in (text.partition("=")[0] for text in overrides or []):
+        if not key.startswith("predict.") or (tuned and key != "predict.batch_windows"):
+            why = "--tuned has found these values" if key.startswith("predict.") else "the rest is the run's"
+            raise ConfigError(f"--set {key}: a prediction takes values of the section predict only, and {why}.")
     config = load_config(RunFolder(run).config, overrides).predict if overrides else None
     if tuned:
         config = open_predicted(run).tuned(config)
@@ -362,9 +369,7 @@ def evaluate(
     opened = open_predicted(run, predictions)
     found = {}
     for task in opened.tasks:
-        scores = evaluate_predictions(
-            manifest, annotations, opened.folder.predictions(split), task.name, split, opened.fold
-        )
+        scores = evaluate_predictions(manifest, annotations, opened.table(split, task), task.name, split, opened.fold)
         typer.echo(format_scores(scores, task))
         found[task.name] = scores_as_json(scores, task)
     if json_file is not None:  # the main task's scores, and the others' under their names
@@ -432,14 +437,13 @@ def submit(
     predictions: Predictions = None,
 ) -> None:
     """Write a challenge submission for a template. Every line of it is answered, in its order."""
-    from vnaw_pipeline.prediction.predict import read_predictions
     from vnaw_pipeline.prediction.submission import write_submission
     from vnaw_pipeline.prediction.tables import open_predicted
     from vnaw_pipeline.template import template_task
 
     opened = open_predicted(run, predictions)
     task = template_task(template, opened.tasks)
-    table = read_predictions(opened.folder.predictions(split), task)
+    table = opened.table(split, task)
     lines = write_submission(table, template, out, task)
     typer.echo(f"submit: {lines} lines written and read back -> {out}")
 

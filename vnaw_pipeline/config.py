@@ -276,10 +276,9 @@ class WindowConfig(_Section):
 
     @model_validator(mode="after")
     def _windows_cover_every_frame(self) -> Self:
-        if self.predict_stride > self.window_frames:
-            raise ValueError(
-                f"predict_stride {self.predict_stride} leaves gaps between windows of {self.window_frames}"
-            )
+        for key, stride in (("train_stride", self.train_stride), ("predict_stride", self.predict_stride)):
+            if stride > self.window_frames:
+                raise ValueError(f"{key} {stride} leaves gaps between windows of {self.window_frames}; make it smaller")
         return self
 
 
@@ -378,11 +377,17 @@ class PredictConfig(_Section):
 
     batch_windows: int = Field(default=128, gt=0)
     smooth: SmoothConfig = SmoothConfig()
+    further_smooth: dict[TaskName, SmoothConfig] = Field(default_factory=dict)
+    """The same for tasks of a run that want another one: action units change faster than expressions."""
     bias: tuple[float, ...] | None = None
     """Added to the log-probability of each expression after smoothing, for classes that a model names too rarely."""
     thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
     """Probability from which each action unit counts as shown. The written probabilities are shifted, so that it is .5
-    in the table. `vnaw tune` finds values for all three."""
+    in the table. `vnaw tune` finds values for all of these."""
+
+    def of_task(self, task: TaskName) -> "PredictConfig":
+        """The same with the smoothing of one task."""
+        return self.model_copy(update={"smooth": self.further_smooth.get(task, self.smooth), "further_smooth": {}})
 
 
 class InferConfig(_Section):
@@ -444,6 +449,23 @@ class PipelineConfig(_Section):
                 f"train.sampling '{self.train.sampling}' needs classes, which task {self.task} has not; "
                 "set train.sampling=uniform"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_fit_the_tasks(self) -> Self:
+        for task in self.tasks:
+            if self.predict.of_task(task.name).smooth.kind == "mode" and task.kind != "classes":
+                raise ValueError(
+                    f"predict.smooth 'mode' counts classes, which task {task.name} has not; set another kind, for it "
+                    "alone in predict.further_smooth"
+                )
+        for key, values, kind in (
+            ("bias", self.predict.bias, "classes"),
+            ("thresholds", self.predict.thresholds, "units"),
+        ):
+            wanted = next((len(task.outputs) for task in self.tasks if task.kind == kind), None)
+            if values is not None and wanted is not None and len(values) != wanted:
+                raise ValueError(f"predict.{key} holds {len(values)} numbers; the task has {wanted} outputs")
         return self
 
 

@@ -19,6 +19,7 @@ from vnaw_pipeline.config import MaskingConfig, PipelineConfig
 from vnaw_pipeline.errors import ConfigError, DataError
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.features.views import PLAIN
+from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.locations import Location
 from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.prediction.combine import How, combine_runs
@@ -28,7 +29,7 @@ from vnaw_pipeline.provenance import digest_bytes, write_json, write_text
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import StageReport
 from vnaw_pipeline.tasks import TASKS, TaskName
-from vnaw_pipeline.training.windows import train_windows
+from vnaw_pipeline.training.windows import seen_by_encoder, train_windows
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def cascade(
     notes = [
         "Each member is scored in its own label space, over the frames that are in it; the cascades in expr8.",
         *_notes(variants, scores),
+        *_seen_by_encoder(variants, videos, store_path),
     ]
     return _write_table(report, {"runs": runs, "groups": [], "notes": notes}, out)
 
@@ -155,7 +157,9 @@ def run_experiment(
 ) -> StageReport:
     """Run the variants that have no scores yet, then write the table of all; the report's notes are the table."""
     report, scores = run_variants(label, variants, videos, annotations_dir, store_path, out)
-    return _write_table(report, score_table(variants, scores), out)
+    table = score_table(variants, scores)
+    table["notes"] += _seen_by_encoder(variants, videos, store_path)
+    return _write_table(report, table, out)
 
 
 def run_variants(
@@ -168,9 +172,10 @@ def run_variants(
 ) -> tuple[StageReport, dict[str, dict[str, Any]]]:
     """Run the variants that have no scores yet; the scores of all, by name."""
     started = time.monotonic()
-    labels = read_labels(videos, annotations_dir, TASKS[variants[0].config.task])
+    tasks = {task.name: task for variant in variants for task in variant.config.tasks}
+    labels = [read_labels(videos, annotations_dir, task) for task in tasks.values()]
     made_of = {
-        "labels": digest_bytes(*(of_video.tobytes() for of_video in labels.values())),
+        "labels": digest_bytes(*(of_video.tobytes() for of_task in labels for of_video in of_task.values())),
         "features": open_store(store_path).fingerprint,
         "manifest": digest_bytes(videos.to_csv(index=False).encode()),
     }
@@ -248,6 +253,14 @@ def _notes(variants: Sequence[Variant], scores: dict[str, dict[str, Any]]) -> li
                 "scikit-learn (zero_division=0)."
             )
     return notes
+
+
+def _seen_by_encoder(variants: Sequence[Variant], videos: pd.DataFrame, store_path: str | Location) -> list[str]:
+    """A note for each split whose validation recordings the store's encoder has learnt from."""
+    store = open_store(store_path)
+    names = {of.fold: "official split" if of.fold is None else f"fold {of.fold}" for of in variants}
+    splits = {fold: videos if fold is None else fold_split(videos, fold) for fold in names}
+    return [f"{names[fold]}: {note}" for fold in names for note in seen_by_encoder(splits[fold], store)]
 
 
 def format_table(table: dict[str, Any]) -> str:

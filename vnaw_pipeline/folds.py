@@ -56,6 +56,11 @@ def fold_split(manifest: pd.DataFrame, fold: int) -> pd.DataFrame:
     return manifest.assign(split=manifest["split"].where(manifest["split"] == "test", split))
 
 
+def recordings_in(manifest: pd.DataFrame, split: str) -> set[str]:
+    """The source videos of a split."""
+    return set(manifest["source_video"][manifest["split"] == split])
+
+
 def _parts(
     source_videos: Sequence[str], class_frames: npt.NDArray[np.int64], parts: int, seed: int
 ) -> npt.NDArray[np.int64]:

@@ -85,10 +85,15 @@ def digest_bytes(*parts: bytes | memoryview) -> str:
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """List the keys in which two fingerprints differ, as 'key: found A, wanted B'."""
     return [
-        f"{key}: found {found.get(key)!r}, wanted {wanted.get(key)!r}"
+        f"{key}: found {_in_short(found.get(key))}, wanted {_in_short(wanted.get(key))}"
         for key in sorted(found.keys() | wanted.keys())
         if found.get(key) != wanted.get(key)
     ]
+
+
+def _in_short(value: object, length: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,9 +12,9 @@ from torch import nn
 
 from vnaw_pipeline.checkpoints import load_tensors
 from vnaw_pipeline.config import PipelineConfig, dump_config, load_config
-from vnaw_pipeline.errors import CheckpointError
+from vnaw_pipeline.errors import CheckpointError, DataError
 from vnaw_pipeline.features.store import FeatureStore, what_to_set
-from vnaw_pipeline.folds import fold_split
+from vnaw_pipeline.folds import fold_split, recordings_in
 from vnaw_pipeline.locations import Location, location
 from vnaw_pipeline.provenance import differences, environment, flat, utc_now, write_json, write_text
 from vnaw_pipeline.tasks import TASKS, Task
@@ -82,7 +82,7 @@ class RunFolder:
             shutil.rmtree(doomed)
         for partial in self.path.rglob(".*.partial.*"):
             partial.unlink(missing_ok=True)
-        if self.config.exists():
+        if self.config.exists() and self.last.exists():  # else nothing was learnt yet: a start that failed
             found = load_config(self.config).model_dump(mode="json", include=sections)
             if changed := differences(flat(found), flat(config.model_dump(mode="json", include=sections))):
                 raise CheckpointError(
@@ -122,6 +122,16 @@ class Run:
         """The manifest with the splits that this run was trained with: those of its fold, if it had one."""
         fold = self.header["fold"]
         return videos if fold is None else fold_split(videos, fold)
+
+    def require_unseen(self, videos: pd.DataFrame, split: str) -> None:
+        """Raise DataError if a split other than 'train' has recordings that this run has learnt from: a score on them
+        would say nothing. `videos` have the splits of this run."""
+        seen = recordings_in(videos, split) & set(self.header.get("learnt_from", ()))
+        if split != "train" and seen:
+            raise DataError(
+                f"{self.folder.path} has learnt from {len(seen)} recordings of the split '{split}', such as "
+                f"{', '.join(sorted(seen)[:3])}. Use the manifest that it was trained with."
+            )
 
     def require_features(self, store: FeatureStore) -> None:
         """Raise CheckpointError unless the store was made as the one that the run was trained on."""

@@ -97,7 +97,7 @@ class Encoder:
     """A timm model without its head, its preprocessing, and the digest of its weights.
 
     `head` maps an embedding (B, D) to the logits (B, K) of `outputs`; None where the weights have no head of ours, or
-    one that was trained on another `pool` (see `resolve_pool`).
+    one that was trained on another `pool` (see `resolve_pool`). `learnt_from` are the recordings it was fine-tuned on.
     """
 
     name: str
@@ -109,6 +109,7 @@ class Encoder:
     pool: str | None = None
     head: nn.Module | None = None
     outputs: tuple[str, ...] = ()
+    learnt_from: tuple[str, ...] = ()
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides an embedding, for the feature store's attributes."""
@@ -117,6 +118,7 @@ class Encoder:
             "model_args": self.model_args,
             "weights": self.weights_digest,
             "pool": self.pool,
+            **({"learnt_from": list(self.learnt_from)} if self.learnt_from else {}),
             **self.preprocessing.recorded(),
         }
 
@@ -203,7 +205,8 @@ def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = Fals
     embedding = _try_forward(model, preprocessing.input_px, config)
     state = model.state_dict()
     parts = [part for name in sorted(state) for part in (name.encode(), _bytes_of(state[name]))]
-    outputs = tuple(weights_header(config.weights).get("outputs", ())) if isinstance(config.weights, Path) else ()
+    recorded = weights_header(config.weights) if isinstance(config.weights, Path) else {}
+    outputs = tuple(recorded.get("outputs", ()))
     pool = resolve_pool(config)
     fits_head = pool == _recorded_pool(config)
     return Encoder(
@@ -216,6 +219,7 @@ def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = Fals
         pool=pool,
         head=_linear_head(head_state, embedding.shape[-1], len(outputs)) if fits_head else None,
         outputs=outputs,
+        learnt_from=tuple(recorded.get("learnt_from", ())),
     )
 
 

@@ -6,10 +6,12 @@ written. Export writes whole videos and skips those that are there. The layouts 
 
 import json
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from vnaw_pipeline.errors import DataError, listing
@@ -21,7 +23,7 @@ from vnaw_pipeline.features.foreign import (
     path_of,
     write_foreign_video,
 )
-from vnaw_pipeline.features.store import IMPORTED, FeatureStore, create_store, open_store
+from vnaw_pipeline.features.store import IMPORTED, FeatureStore, Unit, create_store, open_store
 from vnaw_pipeline.locations import Location
 from vnaw_pipeline.manifests import read_manifest
 from vnaw_pipeline.provenance import differences, digest_bytes, environment, utc_now, write_json
@@ -37,7 +39,8 @@ def import_features(manifest: Path | pd.DataFrame, features_dir: Path, store_pat
 
     The store's fingerprint says that they are imported, from a folder of which layout and name, and a digest over the
     first and last embedding of each video, which is read in moments and which no two encoders share; so a run that was
-    trained on these features refuses others, and so does the store.
+    trained on these features refuses others, and so does the store: import the videos of a manifest together. A chunk
+    that has other frames now than when it was imported, since more files came or some went, is imported again.
 
     Raises:
         DataError: files that are missing or cannot be used, all of them at once; the chunks without such are written.
@@ -55,7 +58,7 @@ def import_features(manifest: Path | pd.DataFrame, features_dir: Path, store_pat
     store.remove_partial_files()
     for video_id, count in num_frames.items():
         store.add_video(video_id, count)
-    units = store.missing_units(list(foreign))
+    units = _units_to_import(store, foreign)
     total = sum(len(store.units(video_id)) for video_id in foreign)
     frames = sum(unit.stop - unit.start for unit in units)
     done, num_valid, problems = 0, 0, []
@@ -117,6 +120,19 @@ def export_features(
         frames=frames,
         seconds=time.monotonic() - started,
     )
+
+
+def _units_to_import(store: FeatureStore, foreign: Mapping[str, ForeignVideo]) -> list[Unit]:
+    """The chunks that are missing, and those whose frames are not those that the files have now; these are removed."""
+    missing = set(store.missing_units(list(foreign)))
+    units = []
+    for unit in (unit for video_id in foreign for unit in store.units(video_id)):
+        if unit not in missing:
+            if np.array_equal(store.valid_in(unit), foreign[unit.video_id].valid(unit.start, unit.stop)):
+                continue
+            store.remove_unit(unit)
+        units.append(unit)
+    return units
 
 
 def _open_videos(features_dir: Path, layout: Layout, num_frames: dict[str, int]) -> dict[str, ForeignVideo]:

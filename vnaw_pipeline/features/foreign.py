@@ -16,6 +16,7 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Literal, Protocol
 
 import h5py
@@ -41,6 +42,9 @@ class ForeignVideo(Protocol):
     path: Path
     embedding_dim: int | None
     digest: str
+
+    def valid(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Which of the frames [start, stop) there are."""
 
     def read(self, start: int, stop: int, embedding_dim: int, pool: Executor) -> Rows:
         """Frames [start, stop).
@@ -113,6 +117,9 @@ class NpyFolder(ForeignVideo):
             self.embedding_dim = len(rows[0])
         self.digest = _digest_of(ends, rows)
 
+    def valid(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        return np.isin(np.arange(start, stop), self._frames)
+
     def read(self, start: int, stop: int, embedding_dim: int, pool: Executor) -> Rows:
         low, high = np.searchsorted(self._frames, [start, stop])
         embeddings = np.zeros((stop - start, embedding_dim), np.float16)
@@ -160,6 +167,10 @@ class Hdf5File(ForeignVideo):
             rows = [_as_float16(embeddings[frame_index], f"{path}, frame {frame_index}") for frame_index in ends]
         self.embedding_dim = shape[1] if ends else None
         self.digest = _digest_of(ends, rows)
+        self._frames = found
+
+    def valid(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        return np.isin(np.arange(start, stop), self._frames)
 
     def read(self, start: int, stop: int, embedding_dim: int, pool: Executor) -> Rows:
         with self._opened() as file:
@@ -189,7 +200,7 @@ def read_npy(path: Path, embedding_dim: int | None = None) -> npt.NDArray[np.flo
         length_bytes = 2 if content[6:7] == b"\x01" else 4  # of the number that says how long the header is
         end = 8 + length_bytes + int.from_bytes(content[8 : 8 + length_bytes], "little")
         shape, dtype = _npy_header(content[:end])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TokenError) as error:  # what NumPy raises for a damaged header, by where it is
         raise DataError(f"{path} cannot be read as an .npy file: {error}.") from error
     is_embedding = shape and shape[:-1] in ((), (1,)) and dtype.str[1:] in _FLOATS
     if not is_embedding or embedding_dim not in (None, shape[-1]):

@@ -131,6 +131,11 @@ class FeatureStore:
             array = self._array(view, unit.video_id).with_config({"write_empty_chunks": True})
             reach(self.path, partial(array.__setitem__, slice(unit.start, unit.stop), rows))
 
+    def remove_unit(self, unit: Unit) -> None:
+        """Take the embeddings of a chunk away, so that it counts as missing until it is written again."""
+        number = unit.start // self._array(unit.view, unit.video_id).chunks[0]
+        (self.path / unit.view / unit.video_id / "c" / str(number) / "0").unlink(missing_ok=True)
+
     def embeddings(self, video_id: str, view: str = PLAIN) -> npt.NDArray[np.float16]:
         """All embeddings of a video, (T, D); rows of frames without a usable crop are zero.
 

@@ -61,7 +61,7 @@ def _person_table(
     infer = models.config.infer
     if models.run is not None:
         raw = _temporal_probabilities(models.run, models, sightings, rows, spool)
-        config = models.config.predict
+        config = models.config.predict.of_task("expr8")
     else:
         raw = np.zeros((len(frames), len(models.outputs)), np.float32)
         raw[valid] = _head_probabilities(rows, spool, models)

@@ -17,7 +17,7 @@ import pandas as pd
 from vnaw_pipeline.config import PredictConfig
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError, listing
 from vnaw_pipeline.prediction.cascade import hard_cascade, soft_cascade
-from vnaw_pipeline.prediction.predict import read_predictions
+from vnaw_pipeline.prediction.predict import MADE_BY, made_by_of
 from vnaw_pipeline.prediction.smooth import Probabilities
 from vnaw_pipeline.prediction.tables import PredictedRun, finish_table, open_predicted
 from vnaw_pipeline.provenance import atomic_path, differences, digest_bytes, write_json
@@ -43,19 +43,22 @@ def combine_runs(run_dirs: Sequence[Path], how: How, out: Path, split: str, *, t
     members = [open_predicted(path) for path in run_dirs]
     tasks = composed_tasks(members, how)
     members = sorted(members, key=lambda member: member.task.name) if how != "mean" else members  # coarse5 first
-    tables = [read_predictions(member.folder.predictions(split), member.task) for member in members]
+    tables = [member.table(split, member.task) for member in members]
+    finished = [table.attrs.get(MADE_BY, {}).get("predict") for table in tables]
     tables = aligned(tables, [str(member.folder.path) for member in members])
     answers = combine(
         [table[of.columns].to_numpy(np.float32) for table, of in zip(tables, members, strict=True)],
         how,
     )
-    _begin(out, members, how, tasks)
+    _begin(out, members, finished, how, tasks)
     composed = open_predicted(out)
     raw = tables[0][["video_id", "frame_index"]].assign(
         valid=np.any([table["valid"] for table in tables], axis=0),
         **dict(zip(composed.columns, answers.T, strict=True)),
     )
-    final = finish_table(raw, composed, composed.tuned() if tuned else PredictConfig())
+    predict = composed.tuned() if tuned else PredictConfig()
+    raw.attrs[MADE_BY] = made_by_of(composed.digest, predict)
+    final = finish_table(raw, composed, predict)
     for path, table in ((composed.folder.raw_predictions(split), raw), (composed.folder.predictions(split), final)):
         with atomic_path(path) as partial:
             table.to_parquet(partial, index=False)
@@ -118,8 +121,11 @@ def _unlike(one: pd.DataFrame, other: pd.DataFrame, one_name: str, other_name: s
     return listing([heading, *(lines or ["  as many frames a video, but not the same ones, or some twice"])])
 
 
-def _begin(out: Path, members: Sequence[PredictedRun], how: How, tasks: Sequence[Task]) -> None:
-    """Make the folder of the composed run, or find the same composition in it."""
+def _begin(
+    out: Path, members: Sequence[PredictedRun], finished: Sequence[Any], how: How, tasks: Sequence[Task]
+) -> None:
+    """Make the folder of the composed run, or find the same composition in it: of members whose answers were finished
+    alike, or what is tuned on one split would not hold on another."""
     folds = {member.fold for member in members}
     without_any: list[npt.NDArray[np.float32]] = [member.without_any[None] for member in members]
     content: dict[str, Any] = {
@@ -127,17 +133,29 @@ def _begin(out: Path, members: Sequence[PredictedRun], how: How, tasks: Sequence
         "tasks": [task.name for task in tasks],
         "fold": folds.pop() if len(folds) == 1 else None,
         "without_any": combine(without_any, how)[0].tolist(),
-        "members": [{"name": member.folder.path.name, "digest": member.digest} for member in members],
+        "members": [
+            {"name": member.folder.path.name, "digest": member.digest, "predict": predict}
+            for member, predict in zip(members, finished, strict=True)
+        ],
     }
     path = RunFolder(out).composite
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
+        if _unfinished(found["members"]) == _unfinished(content["members"]) and found["members"] != content["members"]:
+            raise CheckpointError(
+                f"The members of {out} finished their answers in another way for the split that is there. Predict all "
+                "splits of a member alike (each with --tuned, or none), and combine them in a new folder."
+            )
         if unlike := differences(found, content):
             raise CheckpointError(f"{out} is composed otherwise: {'; '.join(unlike)[:500]}. Give a new folder.")
     elif out.exists() and any(entry.name[0] != "." for entry in out.iterdir()):
         raise CheckpointError(f"{out} is not empty and is no composed run. Give a new folder.")
     else:
         write_json(path, content)
+
+
+def _unfinished(members: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(member["name"], member["digest"]) for member in members]
 
 
 def _record(composed: PredictedRun, members: Sequence[PredictedRun], split: str, tuned: bool) -> None:

@@ -41,7 +41,7 @@ def finish_answers(
 ) -> npt.NDArray[np.float32]:
     """`finish_video` for each of the tasks whose columns lie side by side, (T, C) -> (T, C)."""
     parts = [
-        finish_video(raw[:, columns], valid, without_any[columns], config, task.kind)
+        finish_video(raw[:, columns], valid, without_any[columns], config.of_task(task.name), task.kind)
         for task, columns in zip(tasks, output_columns(tasks).values(), strict=True)
     ]
     return np.concatenate(parts, axis=1)

@@ -7,9 +7,10 @@ window. Embeddings are read some videos at a time, so that memory does not grow 
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +27,14 @@ from vnaw_pipeline.manifests import read_manifest
 from vnaw_pipeline.prediction.finish import finish_answers
 from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.processes import meet, process_state, sum_over_processes
-from vnaw_pipeline.provenance import atomic_path
+from vnaw_pipeline.provenance import atomic_path, digest_bytes
 from vnaw_pipeline.runs import open_run
 from vnaw_pipeline.stages import StageReport, progress_bar
 from vnaw_pipeline.tasks import Task
 from vnaw_pipeline.windows.plan import plan_windows
 
+MADE_BY = "made_by"
+"""Key of a table's attributes for the digest of the model that made it, and how its answers were finished."""
 FRAMES_AT_ONCE = 100_000
 """Frames whose embeddings are in memory together, in whole videos; 200 MB at a width of 1024."""
 
@@ -54,7 +57,7 @@ def predict_videos(
     Raises:
         CheckpointError: the run was trained on other features.
         StoreError: videos missing from the store; S3 fails for good.
-        DataError: the manifest has no video in this split.
+        DataError: the manifest has no video in this split, or the run has learnt from one of them.
     """
     started = time.monotonic()
     state = process_state()
@@ -64,6 +67,7 @@ def predict_videos(
     video_ids = list(videos.video_id[videos.split == split])
     if not video_ids:
         raise DataError(f"The manifest has no videos in split '{split}', only in {sorted(set(videos.split))}.")
+    run.require_unseen(videos, split)
     config = config or run.config.predict
     store = open_store(store_path)
     run.require_features(store)
@@ -96,8 +100,9 @@ def predict_videos(
     raws, finals, valid = zip(*parts, strict=True)
     frames = _without_embeddings(video_ids, lengths, torch.cat(valid))
     if state.is_main_process:
-        write_predictions(run.folder.raw_predictions(split), np.concatenate(raws), frames, run.config.tasks)
-        write_predictions(run.folder.predictions(split), np.concatenate(finals), frames, run.config.tasks)
+        made_by = made_by_of(digest_bytes(run.folder.best.read_bytes()), config)
+        for path, answers in ((run.folder.raw_predictions(split), raws), (run.folder.predictions(split), finals)):
+            write_predictions(path, np.concatenate(answers), frames, run.config.tasks, made_by)
     meet()
     return StageReport("predict", done=len(video_ids), frames=frames.zero_row, seconds=time.monotonic() - started)
 
@@ -129,8 +134,17 @@ def finish_probabilities(
     return finished
 
 
+def made_by_of(digest: str, config: PredictConfig) -> dict[str, Any]:
+    """What a table's attributes say of the model and of how its answers were finished."""
+    return {"model": digest, "predict": config.model_dump(mode="json", exclude={"batch_windows"})}
+
+
 def write_predictions(
-    path: Location, predictions: npt.NDArray[np.float32], bank: FeatureBank, tasks: Sequence[Task]
+    path: Location,
+    predictions: npt.NDArray[np.float32],
+    bank: FeatureBank,
+    tasks: Sequence[Task],
+    made_by: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what the tasks predict (N, C) for a bank's frames as the prediction table."""
     columns = [name for task in tasks for name in task.prediction_columns]
@@ -143,6 +157,7 @@ def write_predictions(
             **{name: predictions[:, column] for column, name in enumerate(columns)},
         }
     )
+    table.attrs[MADE_BY] = dict(made_by or {})
     with atomic_path(path) as partial:
         table.to_parquet(partial, index=False)
 

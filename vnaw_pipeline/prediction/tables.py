@@ -15,10 +15,11 @@ from pydantic import ValidationError
 
 from vnaw_pipeline.checkpoints import read_header
 from vnaw_pipeline.config import PipelineConfig, PredictConfig
-from vnaw_pipeline.errors import CheckpointError
+from vnaw_pipeline.errors import CheckpointError, DataError
 from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.locations import Location
 from vnaw_pipeline.prediction.finish import finish_answers
+from vnaw_pipeline.prediction.predict import MADE_BY, read_predictions
 from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.runs import RunFolder, run_folder
 from vnaw_pipeline.tasks import TASKS, Task
@@ -55,6 +56,21 @@ class PredictedRun:
     def split_videos(self, videos: pd.DataFrame) -> pd.DataFrame:
         """The manifest with the splits that this run was trained with: those of its fold, if it had one."""
         return videos if self.fold is None else fold_split(videos, self.fold)
+
+    def table(self, split: str, task: Task, *, raw: bool = False) -> pd.DataFrame:
+        """The final table of a split, or the raw one, with the columns of one of the tasks among others.
+
+        Raises:
+            DataError: not there, or unusable, or made by another model than the run holds now.
+        """
+        path = self.folder.raw_predictions(split) if raw else self.folder.predictions(split)
+        found = read_predictions(path, task)
+        if found.attrs.get(MADE_BY, {}).get("model", self.digest) != self.digest:
+            raise DataError(
+                f"{path} was made by another model than {self.folder.path} holds now. Run `vnaw "
+                f"{'combine' if self.folder.composite.is_file() else 'predict'}` again for the split '{split}'."
+            )
+        return found
 
     def tuned(self, config: PredictConfig | None = None) -> PredictConfig:
         """`config` (None: the run's) with what `vnaw tune` found.

@@ -7,7 +7,7 @@ the frames that values were chosen on flatters, so a second one comes from value
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.metrics import score_predictions
 from vnaw_pipeline.prediction.bias import best_bias
 from vnaw_pipeline.prediction.finish import decide, finish_video
-from vnaw_pipeline.prediction.predict import read_predictions
 from vnaw_pipeline.prediction.smooth import Probabilities
 from vnaw_pipeline.prediction.tables import TUNED, PredictedRun, open_predicted
 from vnaw_pipeline.prediction.thresholds import best_thresholds
@@ -91,24 +90,24 @@ def tune_run(
     if videos.empty:
         raise DataError(f"The manifest has no videos in split '{split}' to tune on.")
     source_videos = dict(zip(videos["video_id"], videos["source_video"], strict=True))
-    predict, candidates = run.predict, smoothings(run.predict.smooth, run.tasks)
     tunings, tuned_on = {}, {}
     for task, columns in zip(run.tasks, output_columns(run.tasks).values(), strict=True):
         labels = read_labels(videos, annotations_dir, task)
         annotated = sum(int(labelled(of_video).sum()) for of_video in labels.values())
         if not annotated:
             raise DataError(f"No frame of the split '{split}' has a label for task '{task.name}' to tune on.")
-        raw = read_predictions(run.folder.raw_predictions(split), task)
+        raw = run.table(split, task, raw=True)
         tuning_videos = _tuning_videos(raw, labels, source_videos, task)
-        tunings[task] = tune(tuning_videos, run.without_any[columns], predict, task, candidates)
-        predict = tunings[task].predict
-        candidates = [predict.smooth]  # the main task's; what it was learnt with keeps it
+        untuned = run.predict.of_task(task.name)
+        tunings[task] = tune(
+            tuning_videos, run.without_any[columns], untuned, task, smoothings(untuned.smooth, task.kind)
+        )
         digest = digest_bytes(*(video_id.encode() + of_video.tobytes() for video_id, of_video in labels.items()))
         tuned_on[task.name] = {"labels": digest, "videos": len(labels), "frames": annotated}
     write_json(
         run.folder.path / TUNED,
         {
-            "predict": predict.model_dump(mode="json", include={"smooth", "bias", "thresholds"}),
+            "predict": _joined(tunings).model_dump(mode="json", exclude={"batch_windows"}),
             "digest": run.digest,
             "tuned_on": {"split": split, "fold": run.fold, **tuned_on},
             "score": {
@@ -130,6 +129,18 @@ def tune_run(
         done=len(videos),
         seconds=time.monotonic() - started,
         notes=[_in_words(task, tuning) for task, tuning in tunings.items()],
+    )
+
+
+def _joined(tunings: Mapping[Task, Tuning]) -> PredictConfig:
+    """One config of what was found for each of a run's tasks, the main one first."""
+    main, *_ = (tuning.predict.smooth for tuning in tunings.values())
+    smoothed = {task.name: tuning.predict.smooth for task, tuning in tunings.items()}
+    return PredictConfig(
+        smooth=main,
+        further_smooth={name: smooth for name, smooth in smoothed.items() if smooth != main},
+        bias=next((tuning.predict.bias for task, tuning in tunings.items() if task.kind == "classes"), None),
+        thresholds=next((tuning.predict.thresholds for task, tuning in tunings.items() if task.kind == "units"), None),
     )
 
 
@@ -188,13 +199,13 @@ def tune(
     return Tuning(predict, score_of(finished(untuned), labels), after, cross_tuned, num_parts)
 
 
-def smoothings(first: SmoothConfig, tasks: Sequence[Task]) -> list[SmoothConfig]:
-    """The settings to try, `first` first; a mode filter only where there are classes and nothing else."""
+def smoothings(first: SmoothConfig, kind: TaskKind) -> list[SmoothConfig]:
+    """The settings to try for a task, `first` first; a mode filter only where there are classes."""
     found = [first, SmoothConfig()]
     for half_width in HALF_WIDTHS:
         found += [SmoothConfig(kind="mean", half_width=half_width), SmoothConfig(kind="median", half_width=half_width)]
         found += [SmoothConfig(kind="sp", half_width=half_width, share=share) for share in SHARES]
-        if all(task.kind == "classes" for task in tasks):
+        if kind == "classes":
             found.append(SmoothConfig(kind="mode", half_width=half_width))
     return found
 

@@ -21,6 +21,7 @@ from vnaw_pipeline.config import FinetuneConfig, PipelineConfig, UnitsLossConfig
 from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_listed_crops
 from vnaw_pipeline.errors import ConfigError, DataError
 from vnaw_pipeline.features.encoder import Preprocessing, build_encoder, parameter_groups, resolve_pool
+from vnaw_pipeline.folds import fold_split, recordings_in
 from vnaw_pipeline.losses.affect import affect_loss
 from vnaw_pipeline.losses.units import units_loss
 from vnaw_pipeline.manifests import read_labels, read_manifest
@@ -135,10 +136,13 @@ def finetune_encoder(
     run_dir: Path,
     config: PipelineConfig,
     *,
+    fold: int | None = None,
     allow_pickle: bool = False,
     overwrite: bool = False,
 ) -> StageReport:
     """Fine-tune the encoder with a linear head on class-balanced draws of labelled training frames.
+
+    With `fold`, the manifest's fold of that number is validation and the rest training, as in `train_windows`.
 
     Raises:
         ConfigError: a main task without classes, of which frames are drawn; as `load_encoder`.
@@ -154,15 +158,19 @@ def finetune_encoder(
             "finetune.valence_arousal_weight or finetune.action_units_weight to learn the others beside them."
         )
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
+    splits = videos if fold is None else fold_split(videos, fold)
     extra_tasks = [name for name, weight in _extra_weights(config.finetune).items() if weight]
     num_outputs = len(task.outputs) + sum(len(TASKS[name].outputs) for name in extra_tasks)
     model, preprocessing, _ = build_encoder(config.encoder, num_outputs, config.seed, allow_pickle)
     train, validation = (
-        _labelled_frames(videos, split, annotations_dir, crops_root, task, preprocessing, extra_tasks)
+        # With their official splits still, by which the labels of a task are found.
+        _labelled_frames(
+            videos[splits.split == split], split, annotations_dir, crops_root, task, preprocessing, extra_tasks
+        )
         for split in ("train", "validation")
     )
     labels = {"train": train.digest, "validation": validation.digest}
-    folder = begin_run(run_dir, config, _SECTIONS, overwrite, {"labels": labels})
+    folder = begin_run(run_dir, config, _SECTIONS, overwrite, {"labels": labels, "fold": fold})
     settings = config.finetune
     against_labels = label_objective(settings.loss, train.targets)
     groups = parameter_groups(model, settings.weight_decay, settings.layer_decay, settings.frozen_stages)
@@ -182,6 +190,8 @@ def finetune_encoder(
             **preprocessing.recorded(),
             "config": config.model_dump(mode="json", include=_SECTIONS),
             "labels": labels,
+            "fold": fold,
+            "learnt_from": sorted(recordings_in(splits, "train")),
         },
         label="finetune",
         memory=against_labels.memory,
@@ -226,7 +236,6 @@ def _labelled_frames(
     preprocessing: Preprocessing,
     extra_tasks: Sequence[TaskName],
 ) -> LabelledFrames:
-    videos = videos[videos.split == split]
     frames = None
     if len(videos):
         frames = LabelledFrames(videos, annotations_dir, crops_root, task, preprocessing, extra_tasks)
@@ -278,7 +287,7 @@ def _objective(
     extra = outputs[:, batch.of_expression.targets.shape[1] :]
     # The other heads' losses are means over the frames that have their labels, and count like that many expressions.
     if settings.valence_arousal_weight:
-        predicted, extra = extra[:, :2].tanh(), extra[:, 2:]
+        predicted, extra = extra[:, :2].float().tanh(), extra[:, 2:]
         total = total + settings.valence_arousal_weight * count * affect_loss(predicted, batch.affect)
     if settings.action_units_weight:
         of_units, num_units = units_loss(extra, batch.units, UnitsLossConfig())

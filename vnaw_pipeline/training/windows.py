@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from vnaw_pipeline.config import PipelineConfig
 from vnaw_pipeline.errors import ConfigError, DataError
-from vnaw_pipeline.features.store import open_store
+from vnaw_pipeline.features.store import FeatureStore, open_store
 from vnaw_pipeline.features.views import MIRROR, PLAIN
-from vnaw_pipeline.folds import fold_split
+from vnaw_pipeline.folds import fold_split, recordings_in
 from vnaw_pipeline.locations import Location
 from vnaw_pipeline.losses.joint import count_units, joint_loss
 from vnaw_pipeline.losses.objectives import class_weights, prediction_memory, update_memory
@@ -79,13 +79,13 @@ def train_windows(
     state = process_state()
     task = TASKS[config.task]
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
-    split_of = videos.split if fold is None else fold_split(videos, fold).split
+    splits = videos if fold is None else fold_split(videos, fold)
     store = open_store(store_path)
     views = [*config.windows.views, *([MIRROR] if config.loss.consistency else [])]
     train, validation = (
         # With their official splits still, by which the labels of a task are found.
         open_labelled_bank(
-            videos[split_of == split], annotations_dir, store, config.tasks, split, of_split, config.bank
+            videos[splits.split == split], annotations_dir, store, config.tasks, split, of_split, config.bank
         )
         for split, of_split in (("train", views), ("validation", [PLAIN]))
     )
@@ -109,6 +109,7 @@ def train_windows(
         "config": config.model_dump(mode="json", include=_SECTIONS),
         "labels": labels,
         "fold": fold,
+        "learnt_from": sorted(recordings_in(splits, "train")),
         "without_any": without_any,
     }
     with torch.random.fork_rng(devices=[]):
@@ -161,8 +162,23 @@ def train_windows(
         done=len(history) - before,
         skipped=before,
         seconds=seconds,
-        notes=[f"best {task.metric_title} {100 * best[task.metric]:.2f} on validation, in epoch {best['epoch']}"],
+        notes=[
+            f"best {task.metric_title} {100 * best[task.metric]:.2f} on validation, in epoch {best['epoch']}",
+            *seen_by_encoder(splits, store),
+        ],
     )
+
+
+def seen_by_encoder(splits: pd.DataFrame, store: FeatureStore) -> list[str]:
+    """A note if the store's encoder was fine-tuned on recordings of the validation split."""
+    validation = recordings_in(splits, "validation")
+    seen = validation & set(store.fingerprint.get("learnt_from", ()))
+    if not seen:
+        return []
+    return [
+        f"the encoder has learnt from {len(seen)} of {len(validation)} validation recordings, so scores on them are "
+        "too good; fine-tune it with `vnaw finetune --fold` for the fold, and extract again"
+    ]
 
 
 def training_plan(train: LabelledBank, config: PipelineConfig) -> WindowPlan:
@@ -182,8 +198,8 @@ def training_plan(train: LabelledBank, config: PipelineConfig) -> WindowPlan:
     if len(plan) == 0:
         raise DataError(
             f"No training window of {windows.window_frames} frames has {config.loss.min_labelled:.0%} of its frames "
-            f"labelled for task {' or '.join(map(repr, train.labels))}. Lower loss.min_labelled, or check the "
-            "annotations with `vnaw check`."
+            f"labelled for task {' or '.join(map(repr, train.labels))} and with a face. Lower loss.min_labelled, or "
+            "check annotations and crops with `vnaw check`."
         )
     return plan
 
@@ -247,6 +263,11 @@ class Drawing:
             rows = window_rows(block, self.first, window_frames, self.zero_row)
             labels.append(window_labels(of_task[rows], num_classes))
         of_windows = torch.cat(labels)
+        if (of_windows == IGNORE_LABEL).all():
+            raise DataError(
+                f"No training window has a label of task '{self.config.task}', by which windows are drawn. "
+                "Set train.sampling=uniform, or lower loss.min_labelled."
+            )
         power = 1.0 if self.config.train.sampling == "balanced" else 0.5
         weights = balanced_weights(of_windows, num_classes, power)
         return torch.where(of_windows == IGNORE_LABEL, weights[of_windows != IGNORE_LABEL].mean(), weights)
