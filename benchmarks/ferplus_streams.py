@@ -98,7 +98,6 @@ float32: what the fast arithmetic does to a score."""
 FEW_SEEDS = 3
 PAPER = ("plain", "+ Aug", "+ NAW", "+ Aug + NAW")
 EXACT = "shipped_float32.zarr"
-SCORES = ("truth", "smoothed")
 HALF_WIDTHS = (0, 5, 10, 20, 40, 80)
 
 
@@ -291,23 +290,20 @@ class Results:
 
 def tables(results: Results) -> str:
     """Macro-F1 against the truth in percent, mean and deviation over seeds: for each encoder and kind of labels a table
-    with a row for each recipe, each level as the model says and smoothed. The probe on single frames is of no level and
-    stands with the frames where there is such a column."""
+    with a row for each recipe, each level as the model says, how much that is above plain with the same seeds, and
+    smoothed. The probe on single frames is of no level and stands with the frames where there is such a column."""
     parts = []
     for ground in dict.fromkeys((job.encoder, job.labels) for job in results.figures):
-        of_table = [(job, row) for job, row in results.figures.items() if (job.encoder, job.labels) == ground]
-        levels = sorted({job.level for job, _ in of_table if job.level}, reverse=True) or [""]
-        rows: dict[str, dict[str, list[dict[str, float]]]] = {}
-        for job, row in of_table:
-            rows.setdefault(job.recipe, {level: [] for level in levels})[job.level or levels[-1]].append(row)
-        columns = [f"{level} {score}".strip() for level in levels for score in SCORES]
+        of_ground = {job: row for job, row in results.figures.items() if (job.encoder, job.labels) == ground}
+        levels = sorted({job.level for job in of_ground if job.level}, reverse=True) or [""]
+        columns = [f"{level} {column}".strip() for level in levels for column in ("truth", "above plain", "smoothed")]
         lines = ["### {} encoder, labels: {}".format(*ground), "", f"| recipe | seeds | {' | '.join(columns)} |"]
         lines += ["|---" * (2 + len(columns)) + "|"]
-        for recipe, of_levels in rows.items():
-            cells = [
-                mean_and_deviation([row[score] for row in of_levels[level]]) for level in levels for score in SCORES
-            ]
-            lines.append(f"| {recipe} | {max(map(len, of_levels.values()))} | {' | '.join(cells)} |")
+        for recipe in dict.fromkeys(job.recipe for job in of_ground):
+            of_recipe = {job: row for job, row in of_ground.items() if job.recipe == recipe}
+            seeds = len({job.seed for job in of_recipe})
+            cells = [cell for level in levels for cell in cells_of(level, of_recipe, of_ground, levels[-1])]
+            lines.append(f"| {recipe} | {seeds} | {' | '.join(cells)} |")
         parts.append("\n".join(lines) + "\n")
     lines = ["### Mean weight w of training frames, at the end of the first seed's run", ""]
     lines += ["| run | wrong labels | w, right | w, wrong |", "|---|---|---|---|"]
@@ -320,11 +316,23 @@ def tables(results: Results) -> str:
     return "\n".join([*parts, *lines]) + "\n"
 
 
-def mean_and_deviation(shares: list[float]) -> str:
+def cells_of(
+    level: str, of_recipe: dict[Job, dict[str, float]], of_ground: dict[Job, dict[str, float]], of_frames: str
+) -> list[str]:
+    """A recipe's three cells of one level; empty where it has none."""
+    rows = {job: row for job, row in of_recipe.items() if (job.level or of_frames) == level}
+    plain = {job: of_ground.get(job._replace(recipe="plain")) for job in rows if job.recipe != "plain"}
+    gains = [rows[job]["truth"] - of_plain["truth"] for job, of_plain in plain.items() if of_plain is not None]
+    truth, smoothed = ([row[key] for row in rows.values()] for key in ("truth", "smoothed"))
+    return [mean_and_deviation(truth), mean_and_deviation(gains, "+"), mean_and_deviation(smoothed)]
+
+
+def mean_and_deviation(shares: list[float], sign: str = "") -> str:
+    """In percent; empty for none."""
+    if not shares:
+        return ""
     values = 100 * np.array(shares)
-    if len(values) > 1:
-        return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
-    return " ".join(f"{value:.1f}" for value in values)  # none at all: a recipe without this level
+    return f"{values.mean():{sign}.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
 @dataclass(frozen=True)
