@@ -474,7 +474,7 @@ def test_a_fold_is_predicted_and_scored_with_its_own_splits(
     with pytest.raises(CheckpointError, match="belongs to another run"):
         train_windows(folded, drawn.annotations, drawn_store, tmp_path / "a", tiny_config, fold=0)
     otherwise = folded.assign(fold=folded.fold.map({"0": "1", "1": "0"}).fillna(folded.fold))
-    with pytest.raises(DataError, match=r"has learnt from \d+ recordings of the split 'validation'"):
+    with pytest.raises(DataError, match=r"has learnt from \d+ videos of the split 'validation'"):
         predict_videos(otherwise, drawn_store, tmp_path / "a", "validation")
     predict_videos(folded, drawn_store, tmp_path / "a", "train")
 

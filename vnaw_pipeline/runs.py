@@ -14,7 +14,7 @@ from vnaw_pipeline.checkpoints import load_tensors
 from vnaw_pipeline.config import PipelineConfig, dump_config, load_config
 from vnaw_pipeline.errors import CheckpointError, DataError
 from vnaw_pipeline.features.store import FeatureStore, what_to_set
-from vnaw_pipeline.folds import fold_split, recordings_in
+from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.locations import Location, location
 from vnaw_pipeline.provenance import differences, environment, flat, utc_now, write_json, write_text
 from vnaw_pipeline.tasks import TASKS, Task
@@ -124,12 +124,12 @@ class Run:
         return videos if fold is None else fold_split(videos, fold)
 
     def require_unseen(self, videos: pd.DataFrame, split: str) -> None:
-        """Raise DataError if a split other than 'train' has recordings that this run has learnt from: a score on them
-        would say nothing. `videos` have the splits of this run."""
-        seen = recordings_in(videos, split) & set(self.header.get("learnt_from", ()))
+        """Raise DataError if a split other than 'train' has videos that this run has learnt from: a score on them would
+        say nothing. `videos` have the splits of this run."""
+        seen = set(videos.video_id[videos.split == split]) & set(self.header.get("learnt_from", ()))
         if split != "train" and seen:
             raise DataError(
-                f"{self.folder.path} has learnt from {len(seen)} recordings of the split '{split}', such as "
+                f"{self.folder.path} has learnt from {len(seen)} videos of the split '{split}', such as "
                 f"{', '.join(sorted(seen)[:3])}. Use the manifest that it was trained with."
             )
 

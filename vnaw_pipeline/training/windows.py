@@ -109,7 +109,7 @@ def train_windows(
         "config": config.model_dump(mode="json", include=_SECTIONS),
         "labels": labels,
         "fold": fold,
-        "learnt_from": sorted(recordings_in(splits, "train")),
+        "learnt_from": train.bank.video_ids,
         "without_any": without_any,
     }
     with torch.random.fork_rng(devices=[]):
