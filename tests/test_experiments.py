@@ -1,6 +1,7 @@
 """Cross-validation and ablation: which runs they are, that their tables say what the runs scored, and reruns."""
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -150,3 +151,10 @@ def test_a_cascade_is_two_runs_and_two_answers(
     assert "cascade: 0 runs done, 2 skipped" in again.output
     with pytest.raises(ConfigError, match="the config has coarse5"):
         cascade(videos, drawn.annotations, drawn_store, tmp_path / "b", config.model_copy(update={"task": "coarse5"}))
+    shutil.copytree(drawn.annotations, tmp_path / "relabelled")
+    for path in (tmp_path / "relabelled").rglob("*.txt"):
+        header, *labels = path.read_text().splitlines()
+        swapped = {"1": "3", "3": "1"}  # anger and fear, which coarse5 does not tell apart
+        path.write_text("\n".join([header, *(swapped.get(label, label) for label in labels)]) + "\n")
+    with pytest.raises(CheckpointError, match="labels"):
+        cascade(videos, tmp_path / "relabelled", drawn_store, tmp_path / "out", config)

@@ -247,6 +247,10 @@ def test_windows_that_only_a_further_task_labels_are_drawn_in_their_share() -> N
     for label, share in ((-1, 0.5), (1, 0.25), (5, 0.25)):
         assert float((drawn == label).double().mean()) == pytest.approx(share, abs=0.04)
 
+    without = LabelledBank(bank, {"expr8": torch.full((161,), -1), "va": affect})
+    with pytest.raises(DataError, match=r"label of task 'expr8', by which windows are drawn. Set train.sampling"):
+        Drawing(without, training_plan(without, config), config)
+
 
 # The loss
 
