@@ -160,8 +160,9 @@ def test_a_whole_run_leaves_what_it_says(finished: Path, drawn: DrawnData) -> No
     }
 
 
-EXIT_TWO = ("misspelt key", "a cascade of what is none", "a run's own value", "tuned and set")
+EXIT_TWO = ("gaps between windows", "misspelt key", "a cascade of what is none", "a run's own value", "tuned and set")
 WRONG = {
+    "gaps between windows": ("train", ["--set", "windows.train_stride=500"], "train_stride 500 leaves gaps"),
     "misspelt key": ("train", ["--set", "train.epocs=2"], "unknown key 'train.epocs'"),
     "no such store": ("train", ["--store", "{tmp}/nowhere"], "There is no feature store at"),
     "a file as store": ("predict", ["--store", "{tmp}/text.mp4"], "There is no feature store at"),

@@ -48,7 +48,6 @@ def test_overrides_change_one_value() -> None:
         (["trian.epochs=5"], r"unknown key 'trian'. Known here: task, further_tasks, seed, "),
         (["windows.skip.share=[0.4,0.2]"], r"'windows.skip' = .*two ascending numbers"),
         (["windows.predict_stride=101"], "predict_stride 101 leaves gaps between windows of 100"),
-        (["windows.train_stride=200"], "train_stride 200 leaves gaps between windows of 100"),
         (["predict.bias=[0.5, 1.0]"], "predict.bias holds 2 numbers; the task has 8 outputs"),
         (["further_tasks.au=1", "predict.thresholds=[0.5]"], "predict.thresholds holds 1 numbers; the task has 12"),
         (["further_tasks.va=1", "predict.smooth.kind=mode"], "'mode' counts classes, which task va has not"),

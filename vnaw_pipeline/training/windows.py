@@ -72,12 +72,18 @@ def train_windows(
     With `fold`, the manifest's fold of that number is validation and the rest of its labelled videos training.
 
     Raises:
+        ConfigError: training windows with gaps between them.
         StoreError: videos missing from the store. CheckpointError: the folder holds another run.
         DataError: no labelled windows to train on, nothing to validate on.
     """
     started = time.monotonic()
     state = process_state()
     task = TASKS[config.task]
+    if (stride := config.windows.train_stride) > config.windows.window_frames:
+        raise ConfigError(
+            f"windows.train_stride {stride} leaves gaps between windows of {config.windows.window_frames} frames. Set "
+            "it to that or less."
+        )
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
     splits = videos if fold is None else fold_split(videos, fold)
     store = open_store(store_path)
