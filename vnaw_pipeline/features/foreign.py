@@ -37,14 +37,17 @@ _FLOATS = ("f2", "f4", "f8")
 
 class ForeignVideo(Protocol):
     """The embeddings of one video. `embedding_dim` is None if it has no valid frame; `digest` is that of its first and
-    last valid frames, which are checked when it is opened: so what is mended between them does not change it."""
+    last valid frames, which are checked when it is opened: so what is mended between them does not change it.
+    `frames` are the valid ones, ascending."""
 
     path: Path
     embedding_dim: int | None
     digest: str
+    frames: npt.NDArray[np.integer[Any]]
 
     def valid(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Which of the frames [start, stop) there are."""
+        return np.isin(np.arange(start, stop), self.frames)
 
     def read(self, start: int, stop: int, embedding_dim: int, pool: Executor) -> Rows:
         """Frames [start, stop).
@@ -108,20 +111,17 @@ class NpyFolder(ForeignVideo):
             frames.append(frame_index)
         if problems:
             raise DataError("\n".join(problems))
-        self._frames = np.sort(np.array(frames, dtype=np.int32))
+        self.frames = np.sort(np.array(frames, dtype=np.int32))
         self.embedding_dim = None
-        ends = self._frames[[0, -1]].tolist() if frames else []
+        ends = self.frames[[0, -1]].tolist() if frames else []
         rows = []
         for frame_index in ends:
             rows.append(read_npy(self._file(frame_index), self.embedding_dim))
             self.embedding_dim = len(rows[0])
         self.digest = _digest_of(ends, rows)
 
-    def valid(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        return np.isin(np.arange(start, stop), self._frames)
-
     def read(self, start: int, stop: int, embedding_dim: int, pool: Executor) -> Rows:
-        low, high = np.searchsorted(self._frames, [start, stop])
+        low, high = np.searchsorted(self.frames, [start, stop])
         embeddings = np.zeros((stop - start, embedding_dim), np.float16)
         valid = np.zeros(stop - start, np.bool_)
 
@@ -133,7 +133,7 @@ class NpyFolder(ForeignVideo):
             valid[frame_index - start] = True
             return None
 
-        problems = [str(error) for error in pool.map(read_one, self._frames[low:high].tolist()) if error is not None]
+        problems = [str(error) for error in pool.map(read_one, self.frames[low:high].tolist()) if error is not None]
         if problems:
             raise DataError("\n".join(problems))
         return embeddings, valid
@@ -167,10 +167,7 @@ class Hdf5File(ForeignVideo):
             rows = [_as_float16(embeddings[frame_index], f"{path}, frame {frame_index}") for frame_index in ends]
         self.embedding_dim = shape[1] if ends else None
         self.digest = _digest_of(ends, rows)
-        self._frames = found
-
-    def valid(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        return np.isin(np.arange(start, stop), self._frames)
+        self.frames = found
 
     def read(self, start: int, stop: int, embedding_dim: int, pool: Executor) -> Rows:
         with self._opened() as file:
