@@ -257,8 +257,8 @@ def predictions_on(store: Path, run: RunFolder) -> pd.DataFrame:
     """What a run's model says on a store that was made in another way than the one it learnt from."""
     opened = open_run(run.path)
     bank = open_bank(open_store(store), shown=False)
-    batch_windows = opened.config.predict.batch_windows
-    return as_table(stitch_predictions(opened.model, bank, [TASK], opened.config.windows, batch_windows).numpy(), bank)
+    config = opened.config
+    return as_table(stitch_predictions(opened.model, bank, [TASK], config.windows, config.predict).numpy(), bank)
 
 
 def as_table(answered: npt.NDArray[np.float32], bank: FeatureBank) -> pd.DataFrame:

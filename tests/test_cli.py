@@ -123,7 +123,7 @@ def finished(
         ("tune", "--manifest", work / "m.csv", "--annotations", drawn.annotations, "--run-dir", work / "run"),
         (
             *("predict", "--manifest", work / "m.csv", "--store", drawn_store, "--run-dir", work / "run"),
-            *("--split", "test", "--tuned", "--set", "predict.batch_windows=3"),
+            *("--split", "test", "--tuned", "--set", "predict.batch_windows=3", "--set", "predict.precision=fp32"),
         ),
         ("predict", "--manifest", work / "m.csv", "--store", drawn_store, "--run-dir", work / "run", "--tuned"),
         ("combine", *2 * ("--run-dir", work / "run"), "--how", "mean", "--out", work / "both"),

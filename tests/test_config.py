@@ -55,7 +55,7 @@ def test_overrides_change_one_value() -> None:
         (["loss.lam_a=2"], "'loss.lam_a' = 2"),
         (
             ["predict.smooth_half_width=3"],
-            r"unknown key 'predict.smooth_half_width'. Known here: batch_windows, smooth",
+            r"unknown key 'predict.smooth_half_width'. Known here: batch_windows, precision, smooth",
         ),
         (["predict.smooth={kind: average}"], "'predict.smooth.kind' = 'average'"),
         (["predict.thresholds=[0.5, 1.0]"], "'predict.thresholds.1' = 1.0"),

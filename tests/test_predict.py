@@ -3,13 +3,14 @@
 from itertools import chain, pairwise
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vnaw_pipeline.bench.data import Video, manifest_of, write_run, write_store
-from vnaw_pipeline.config import PipelineConfig
+from vnaw_pipeline.config import PipelineConfig, PredictConfig
 from vnaw_pipeline.errors import StoreError
 from vnaw_pipeline.features.bank import open_bank
 from vnaw_pipeline.prediction import predict
@@ -52,3 +53,18 @@ def test_predictions_do_not_depend_on_how_many_videos_are_read_at_a_time(
     with pytest.raises(StoreError, match="lacks 1 of 6 videos"):
         predict_videos(manifest_of(missing), store.path, run.path, "test")
     assert len(loaded) == 4, "what is missing is seen before anything is predicted"
+
+
+def test_bf16_moves_probabilities_a_little_and_is_told_in_the_table(tmp_path: Path) -> None:
+    videos = [Video("v0", "test", 130)]
+    config = PipelineConfig.model_validate({"temporal": {"width": 64, "layers": 2, "feed_forward": 64}})
+    store = write_store(tmp_path / "store.zarr", videos, 32)
+    run = write_run(tmp_path / "run", store, config)
+    tables = []
+    for precision in ("fp32", "bf16"):
+        predict_videos(manifest_of(videos), store.path, run.path, "test", PredictConfig(precision=precision))
+        tables.append(pd.read_parquet(run.predictions("test")))
+        assert tables[-1].attrs["made_by"]["predict"]["precision"] == precision
+    plain, fast = (table.filter(like="p_").to_numpy() for table in tables)
+    assert fast.dtype == np.float32
+    assert 0 < np.abs(fast - plain).max() < 0.02  # 8 bits of mantissa, two layers

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vnaw_pipeline.config import MaskingConfig, SkipConfig, WindowConfig
+from vnaw_pipeline.config import MaskingConfig, PredictConfig, SkipConfig, WindowConfig
 from vnaw_pipeline.features.bank import FeatureBank
 from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS
@@ -238,7 +238,7 @@ def test_stitching_gives_every_frame_its_own_answer(lengths: list[int], stride: 
             return total
 
         return stitch_predictions(
-            forward, bank, tasks, windows, 4, process_index=index, num_processes=processes, reduce_sum=collect
+            forward, bank, tasks, windows, PredictConfig(batch_windows=4), process_index=index, num_processes=processes, reduce_sum=collect
         )
 
     for index in range(processes):

@@ -297,7 +297,7 @@ def predict(
     from vnaw_pipeline.runs import RunFolder
 
     for key in (text.partition("=")[0] for text in overrides or []):
-        if not key.startswith("predict.") or (tuned and key != "predict.batch_windows"):
+        if not key.startswith("predict.") or (tuned and key not in ("predict.batch_windows", "predict.precision")):
             why = "--tuned has found these values" if key.startswith("predict.") else "the rest is the run's"
             raise ConfigError(f"--set {key}: a prediction takes values of the section predict only, and {why}.")
     config = load_config(RunFolder(run).config, overrides).predict if overrides else None

@@ -126,7 +126,7 @@ def measure_scores(work: Path, size: Size) -> list[Figure]:
     scores = {}
     for name, path in stores.items():
         bank = open_bank(open_store(path), list(rows.video_id), shown=False)
-        raw = stitch_predictions(run.model, bank, [task], base.windows, base.predict.batch_windows).numpy()
+        raw = stitch_predictions(run.model, bank, [task], base.windows, base.predict).numpy()
         final = finish_probabilities(raw, bank, without_any, base.predict, [task])
         scores[name] = 100 * expression_scores(truth, final.argmax(axis=1), len(task.outputs)).macro_f1
     detail = f"{scores['auto']:.2f} and {scores['eager']:.2f} on {len(truth)} rendered frames"

@@ -24,7 +24,8 @@ from vnaw_pipeline.bench.figure import Figure, Goal
 from vnaw_pipeline.bench.measure import seconds
 from vnaw_pipeline.bench.size import Size
 from vnaw_pipeline.checks import check_manifest
-from vnaw_pipeline.config import PipelineConfig
+from vnaw_pipeline.config import PipelineConfig, PredictConfig
+from vnaw_pipeline.features.backends import computes_bf16
 from vnaw_pipeline.features.bank import open_bank
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.manifests import build_manifest, read_manifest, write_manifest
@@ -32,6 +33,7 @@ from vnaw_pipeline.prediction.evaluate import evaluate_predictions
 from vnaw_pipeline.prediction.predict import predict_videos, read_predictions
 from vnaw_pipeline.prediction.submission import write_submission
 from vnaw_pipeline.prediction.tune import tune_run
+from vnaw_pipeline.processes import process_state
 from vnaw_pipeline.windows.plan import plan_windows
 
 _STAGE_GOAL = Goal("at most", 120.0)
@@ -100,6 +102,12 @@ def _stages(work: Path, num_videos: int, size: Size) -> dict[str, float]:
         timed(f"store open, {width} wide", lambda: open_store(store.path).require(video_ids))  # noqa: B023 -- run here
         timed(f"bank load, {width} wide", lambda: open_bank(store, video_ids, shown=False))  # noqa: B023
         timed(f"prediction, {width} wide", lambda: predict_videos(path, store.path, run.path, "test"))  # noqa: B023
+        if computes_bf16(process_state().device):
+            fast = PredictConfig(precision="bf16")
+            timed(
+                f"prediction in bf16, {width} wide",
+                lambda: predict_videos(path, store.path, run.path, "test", fast),  # noqa: B023
+            )
     lengths = torch.tensor([video.num_frames for video in videos])
     timed("window plan", lambda: plan_windows(lengths, 100, 10))
     predict_videos(path, store.path, run.path, "validation")

@@ -60,7 +60,7 @@ def resolve_arithmetic(backend: str, precision: str, device: torch.device) -> Ar
     """
     if backend == "openvino":
         device = torch.device("cpu")
-    in_bf16 = _computes_bf16(device)
+    in_bf16 = computes_bf16(device)
     if precision == "auto":
         precision = "bf16" if in_bf16 else "fp32"
     if backend == "auto":
@@ -85,7 +85,8 @@ def openvino_is_installed() -> bool:
     return find_spec("openvino") is not None
 
 
-def _computes_bf16(device: torch.device) -> bool:
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bf16, and need not imitate it."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))

@@ -127,8 +127,7 @@ def _temporal_probabilities(
         embeddings[places] = torch.from_numpy(spool.read(inside))
         valid[places] = True
         bank = FeatureBank(["block"], embeddings, valid, torch.tensor([0, high - low]))
-        batch = models.config.predict.batch_windows
-        stitched = stitch_predictions(run.model, bank, run.config.tasks, run.config.windows, batch)
+        stitched = stitch_predictions(run.model, bank, run.config.tasks, run.config.windows, models.config.predict)
         expressions = stitched[start - low : stop - low, : len(models.outputs)]  # the main task's stand first
         answers[start - first : stop - first] = expressions.numpy()
     return answers

@@ -85,7 +85,7 @@ def predict_videos(
             bank,
             run.config.tasks,
             windows,
-            config.batch_windows,
+            config,
             process_index=state.process_index,
             num_processes=state.num_processes,
             reduce_sum=sum_over_processes,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vnaw_pipeline.config import WindowConfig
+from vnaw_pipeline.config import PredictConfig, WindowConfig
 from vnaw_pipeline.features.bank import FeatureBank
 from vnaw_pipeline.stages import Bar
 from vnaw_pipeline.tasks import Task, output_columns
@@ -25,7 +25,7 @@ def stitch_predictions(
     bank: FeatureBank,
     tasks: Sequence[Task],
     windows: WindowConfig,
-    batch_windows: int,
+    config: PredictConfig,
     *,
     process_index: int = 0,
     num_processes: int = 1,
@@ -42,11 +42,13 @@ def stitch_predictions(
     total = torch.zeros(bank.zero_row + 1, sum(len(task.outputs) for task in tasks), device=device)
     counts = torch.zeros(bank.zero_row + 1, device=device)
     mine = torch.arange(len(plan))[process_index::num_processes]
-    for chosen in torch.split(mine, batch_windows) if len(mine) else ():  # more processes than windows
+    for chosen in torch.split(mine, config.batch_windows) if len(mine) else ():  # more processes than windows
         of_batch = plan.select(chosen)
         rows = window_rows(of_batch, first, windows.window_frames, bank.zero_row)
         batch = gather_windows(bank, {}, rows, of_batch.video)
-        predictions = predictions_of(forward(batch.embeddings, batch.valid).float(), tasks)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            logits = forward(batch.embeddings, batch.valid)
+        predictions = predictions_of(logits.float(), tasks)
         flat = put(rows.flatten(), device)
         total.index_add_(0, flat, predictions.flatten(0, 1))
         counts.index_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))

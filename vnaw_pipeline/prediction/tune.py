@@ -107,7 +107,7 @@ def tune_run(
     write_json(
         run.folder.path / TUNED,
         {
-            "predict": _joined(tunings).model_dump(mode="json", exclude={"batch_windows"}),
+            "predict": _joined(tunings).model_dump(mode="json", exclude={"batch_windows", "precision"}),
             "digest": run.digest,
             "tuned_on": {"split": split, "fold": run.fold, **tuned_on},
             "score": {

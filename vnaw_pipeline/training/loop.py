@@ -146,7 +146,7 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
                 bar.advance(1)
             train_loss = float(sum_over_processes(loss_sum) / sum_over_processes(units).clamp(min=1))
             model.eval()
-            # Without the wrapper of mixed precision: an epoch is scored in float32, as predictions are made.
+            # Without the wrapper of mixed precision: an epoch is scored as predictions are made.
             kept = accelerator.unwrap_model(model, keep_fp32_wrapper=False) if average is None else average.module
             kept.eval()
             for buffer in kept.buffers():  # running statistics: each process has seen other batches

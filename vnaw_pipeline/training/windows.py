@@ -369,7 +369,7 @@ def _evaluate(
         validation.bank,
         config.tasks,
         config.windows,
-        config.predict.batch_windows,
+        config.predict,
         process_index=state.process_index,
         num_processes=state.num_processes,
         reduce_sum=sum_over_processes,
