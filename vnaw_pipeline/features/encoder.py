@@ -23,6 +23,7 @@ from vnaw_pipeline.checkpoints import load_tensors, read_header
 from vnaw_pipeline.config import EncoderConfig
 from vnaw_pipeline.crops.video import Rgb
 from vnaw_pipeline.errors import CheckpointError, ConfigError, listing
+from vnaw_pipeline.features import hybrid  # noqa: F401 -- timm knows its model from here on
 from vnaw_pipeline.provenance import differences, digest_bytes
 
 _LOG = logging.getLogger(__name__)
