@@ -51,7 +51,7 @@ ONLY_IN = {
     "accelerate": {"processes.py", "training/loop.py"},
     "insightface": {"crops/detect.py"},
     "retinaface": {"crops/detect.py"},
-    "timm": {"features/encoder.py"},
+    "timm": {"features/encoder.py", "features/hybrid.py"},
     "openvino": {"features/backends.py"},
     "zarr": {"features/store.py", "bench/training.py"},
     "obstore": {"locations.py"},

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from vnaw_pipeline.checkpoints import load_tensors
-from vnaw_pipeline.config import PipelineConfig, dump_config
+from vnaw_pipeline.config import EncoderConfig, PipelineConfig, dump_config
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
 from vnaw_pipeline.facesets.read import read_faces
-from vnaw_pipeline.features.encoder import Preprocessing, encoder_of_weights, load_encoder
+from vnaw_pipeline.features.encoder import Preprocessing, build_encoder, encoder_of_weights, load_encoder
 from vnaw_pipeline.prediction.faces import evaluate_faces
 from vnaw_pipeline.tasks import EXPRESSIONS
 from vnaw_pipeline.training.faces import LabelledFaces, pretrain_encoder
@@ -91,6 +91,19 @@ def test_it_learns_and_its_weights_serve_scoring_and_extraction(
     as_json = found.as_json()
     assert set(as_json) >= {"accuracy", "macro_f1", "per_class", "num_faces", "frames_per_second"}
     assert as_json["per_class"]["Neutral"]["num_faces"] == 5
+
+
+def test_a_hybrid_learns_but_for_its_stem(faces_file: Path, face_config: PipelineConfig, tmp_path: Path) -> None:
+    arguments = {"img_size": 64, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+    encoder = EncoderConfig(name="swin_hybrid", weights="untrained", model_args=arguments)
+    config = face_config.model_copy(update={"encoder": encoder})
+    before = build_encoder(encoder, 8, config.seed)[0].state_dict()
+    pretrain_encoder([faces_file], [faces_file], tmp_path / "run", config)
+    trained = encoder.model_copy(update={"weights": tmp_path / "run" / "checkpoint" / "best.safetensors"})
+    after = build_encoder(trained, 8)[0].state_dict()
+    changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    assert not [key for key in changed if key.startswith("patch_embed.backbone")], "weights and running statistics"
+    assert {"patch_embed.proj.weight", "head.fc.weight"} <= changed
 
 
 @pytest.mark.parametrize("values", [{}, {"loss": {"objective": "elr"}}], ids=["average", "memory"])

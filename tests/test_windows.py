@@ -238,7 +238,14 @@ def test_stitching_gives_every_frame_its_own_answer(lengths: list[int], stride: 
             return total
 
         return stitch_predictions(
-            forward, bank, tasks, windows, PredictConfig(batch_windows=4), process_index=index, num_processes=processes, reduce_sum=collect
+            forward,
+            bank,
+            tasks,
+            windows,
+            PredictConfig(batch_windows=4),
+            process_index=index,
+            num_processes=processes,
+            reduce_sum=collect,
         )
 
     for index in range(processes):

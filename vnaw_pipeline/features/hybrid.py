@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import timm
-from timm.layers import HybridEmbed
+from timm.layers.hybrid_embed import HybridEmbed
 from timm.models import register_model
 from torch import nn
 
