@@ -1,6 +1,7 @@
 """`vnaw infer`: the numbers of the pipeline's own stages, the files it writes, and input of every kind."""
 
 import json
+import math
 import os
 import signal
 import threading
@@ -26,10 +27,11 @@ from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
 from vnaw_pipeline.features.encoder import WEIGHTS_DIR, encoder_of_weights, load_encoder
 from vnaw_pipeline.features.extract import extract_features
 from vnaw_pipeline.features.store import open_store
-from vnaw_pipeline.inference import answers
+from vnaw_pipeline.inference import annotate, answers
 from vnaw_pipeline.inference import run as run_module
 from vnaw_pipeline.inference.analyse import DEFAULT_ENCODER, in_order, open_models
 from vnaw_pipeline.inference.answers import finish, spans_of
+from vnaw_pipeline.inference.inputs import timed
 from vnaw_pipeline.inference.run import infer_videos
 from vnaw_pipeline.manifests import build_manifest
 from vnaw_pipeline.rendering.face import draw_face
@@ -152,7 +154,7 @@ def test_short_gaps_are_filled_and_long_ones_are_not() -> None:
         valid,
         np.arange(13) / 10,
         fill_gaps_s=0.4,
-        config=PredictConfig(smooth=SmoothConfig(kind="mean", half_width=1)),
+        after=PredictConfig(smooth=SmoothConfig(kind="mean", half_width=1)),
     )
     assert np.isnan(final[5:9]).all()
     np.testing.assert_array_equal(final[:5], [[1, 0]] * 5)  # the gap at 2 is filled, and nothing leaks across the other
@@ -269,25 +271,70 @@ def test_without_x264_the_copy_is_mpeg4(tmp_path: Path, monkeypatch: pytest.Monk
         assert sum(1 for _ in container.decode(video=0)) == 4
 
 
-def test_sound_that_an_mp4_cannot_take_is_encoded_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rate", [8000, 11024])
+def test_sound_that_an_mp4_cannot_take_is_encoded_again(rate: int, tmp_path: Path) -> None:
     path = tmp_path / "pcm.mkv"
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=25)
         video.width, video.height, video.pix_fmt = 176, 144, "yuv420p"
-        sound = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        sound = container.add_stream("pcm_s16le", rate=rate, layout="mono")
         for rgb in carphone_frames(10):
             container.mux(video.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
         container.mux(video.encode())
-        tone = (8000 * np.sin(np.arange(3200) * 2 * np.pi * 440 / 8000)).astype(np.int16)
+        tone = (8000 * np.sin(np.arange(2 * rate // 5) * 2 * np.pi * 440 / rate)).astype(np.int16)
         samples = av.AudioFrame.from_ndarray(tone[None], "s16", "mono")
-        samples.sample_rate, samples.pts = 8000, 0
+        samples.sample_rate, samples.pts = rate, 0
         container.mux(sound.encode(samples))
     infer_videos([path], tmp_path / "out", PLAIN)
     with av.open(str(tmp_path / "out" / "pcm" / "annotated.mp4")) as container:
         assert container.streams.audio[0].codec_context.name == "aac"
+        heard_rate = container.streams.audio[0].rate
         heard = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
-    strongest = np.abs(np.fft.rfft(heard)).argmax() * 8000 / len(heard)
+    strongest = np.abs(np.fft.rfft(heard)).argmax() * heard_rate / len(heard)
     assert strongest == pytest.approx(440, abs=5)
+
+
+def test_sound_that_cannot_be_written_is_left_out(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: object, out: object) -> None:
+        raise DataError("no such sound")
+
+    monkeypatch.setattr(annotate, "_copied", refuse)
+    report = infer_videos([clip], tmp_path / "out", PLAIN)
+    assert report.ok
+    assert "man: annotated.mp4 is without its sound: no such sound" in report.notes
+    assert len(decoded(tmp_path / "out" / "man" / "annotated.mp4")[0]) == 60
+
+
+class Times:
+    """A video of frames at these times, as far as `timed` reads it."""
+
+    def __init__(self, times: list[float], start_s: float = 0.0, fps: float = 10.0) -> None:
+        self.times, self.start_s, self.fps = times, start_s, fps
+
+    def __iter__(self) -> Iterator[Frame]:
+        return (Frame(index, time_s, np.zeros((1, 1, 3), np.uint8)) for index, time_s in enumerate(self.times))
+
+
+@pytest.mark.parametrize(
+    ("video", "wanted"),
+    [
+        (Times([600.1, 600.2], start_s=600.0), [0.1, 0.2]),
+        (Times([0.0, 0.1, 10.0, 0.0, 0.1]), [0.0, 0.1, 10.0, 10.1, 10.2]),
+        (Times([0.0, 0.1, 0.08, 0.3]), [0.0, 0.1, 0.1, 0.3]),
+        (Times([math.nan, math.nan]), [0.0, 0.1]),
+    ],
+    ids=["offset", "joined", "inaccurate", "none"],
+)
+def test_times_count_from_the_beginning_and_never_step_back(video: Times, wanted: list[float]) -> None:
+    assert [frame.time_s for frame in timed(video)] == pytest.approx(wanted)  # type: ignore[arg-type]
+
+
+def test_a_copy_of_a_recording_that_starts_late_starts_at_zero(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "late.ts", carphone_frames(8), [5000 + 40 * k for k in range(8)])
+    infer_videos([path], tmp_path / "out", PLAIN)
+    table = pd.read_csv(tmp_path / "out" / "late" / "frames.csv")
+    np.testing.assert_allclose(table.time_s, np.arange(8) / 25, atol=1e-3)
+    np.testing.assert_allclose(decoded(tmp_path / "out" / "late" / "annotated.mp4")[1], np.arange(8) / 25, atol=1e-3)
 
 
 def test_frames_are_read_only_as_far_ahead_as_they_are_worked_on() -> None:
@@ -353,6 +400,25 @@ def test_a_face_in_too_few_frames_is_nobody(tmp_path: Path) -> None:
     assert infer_video(path, config=load_config(None, ["infer.min_person_frames=2"])).valid.sum() == 2
 
 
+def test_frames_that_are_nobodys_have_rows_too(tmp_path: Path) -> None:
+    """Before the first, between two who are never seen together, and after the last."""
+    dark, light = people(2)
+    frames = (
+        [scene([])] * 3 + [scene([(dark, 40)])] * 5 + [scene([])] * 4 + [scene([(light, 300)])] * 5 + [scene([])] * 3
+    )
+    path = write_clip(tmp_path / "gaps.mp4", frames)
+    table = infer_video(path)
+    assert table.frame_index.tolist() == list(range(20))
+    assert table.person.fillna(0).tolist() == [0] * 3 + [1] * 5 + [0] * 4 + [2] * 5 + [0] * 3
+    assert table.valid.equals(table.person.notna())
+    assert table.loc[table.person.isna(), ["expression", "x", *PROBABILITIES]].isna().all(axis=None)
+    infer_videos([path], tmp_path / "out", PLAIN)
+    assert {file.name for file in (tmp_path / "out" / "gaps").glob("*.png")} == {
+        "timeline_person1.png",
+        "timeline_person2.png",
+    }
+
+
 def test_return_time_is_a_choice(tmp_path: Path) -> None:
     (dark,) = people(1)
     frames = [scene([(dark, 100)])] * 4 + [scene([])] * 10 + [scene([(dark, 100)])] * 4
@@ -409,7 +475,8 @@ def test_4k_and_odd_sides(tmp_path: Path) -> None:
         stream.width, stream.height, stream.pix_fmt = 175, 143, "bgr0"
         container.mux(stream.encode(av.VideoFrame.from_ndarray(odd, format="rgb24")))
         container.mux(stream.encode())
-    assert infer_videos([tmp_path / "odd.mkv"], tmp_path / "out", PLAIN).ok
+    cv2.imwrite(str(tmp_path / "line.png"), np.zeros((2, 5000, 3), np.uint8))
+    assert infer_videos([tmp_path / "odd.mkv", tmp_path / "line.png"], tmp_path / "out", PLAIN).ok
     assert decoded(tmp_path / "out" / "odd" / "annotated.mp4")[0][0].shape == (144, 176, 3)
 
 
@@ -491,6 +558,7 @@ def test_folders_and_names_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Two inputs of one name"):
         infer_videos([tmp_path / "one", tmp_path / "two"], tmp_path / "out", PLAIN)
     cv2.imwrite(str(tmp_path / "one" / "same.jpg"), scenery(1)[0])
+    (tmp_path / "one" / "._same.mp4").write_bytes(b"what macOS leaves on other disks")
     report = infer_videos([tmp_path / "one"], tmp_path / "out", PLAIN)
     assert report.done == 2
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"same.mp4", "same.jpg", "status.csv"}
@@ -508,6 +576,12 @@ def test_wrong_usage_is_exit_code_two(tmp_path: Path) -> None:
         done = vnaw("infer", *arguments, "--out", tmp_path / "out")
         assert done.returncode == 2
         assert "--camera 0" in done.stderr
+    for arguments in (["--set", "encoder.input_px=112"], ["--encoder", "fer_lite0", "--set", "encoder.name=resnet18"]):
+        done = vnaw("infer", carphone_path(), *arguments, "--out", tmp_path / "out")
+        assert done.returncode == 2
+        assert "of which encoder" in done.stderr
+    with pytest.raises(ConfigError, match="and not both"):
+        infer_videos([carphone_path()], tmp_path / "out", PLAIN, camera=0)
 
 
 # --- encoders and runs ---

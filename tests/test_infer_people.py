@@ -16,6 +16,7 @@ from vnaw_pipeline.inference.people import (
     SAME_COLOURS,
     PeopleTracker,
     colours_of,
+    contrast,
     difference,
     is_cut,
     thumbnail,
@@ -100,6 +101,20 @@ def test_a_face_far_away_in_the_next_frame_is_another_however_alike() -> None:
     assert follow([[(100.0, RED)], [(500.0, RED)]]) == [[0], [1]]
 
 
+def test_who_stays_keeps_the_number_when_others_come_and_go() -> None:
+    """One in the middle stays; the one at the right leaves and an alike one comes in at the left. Two pairs that are
+    just possible are no better than one that is perfect."""
+    frames: list[list[Face]] = [[(300.0, RED), (370.0, RED)]] * 5 + [[(300.0, RED), (230.0, RED)]] * 5
+    assert follow(frames, jitter=0.1) == [[0, 1]] * 5 + [[0, 2]] * 5
+
+
+@pytest.mark.parametrize("gap_s", [6.0, 60.0])
+def test_who_is_in_two_frames_in_a_row_is_the_same_however_far_apart_they_are(gap_s: float) -> None:
+    tracker = PeopleTracker(return_s=5.0)
+    box = np.array([100, 50, 160, 130], np.float32)
+    assert [tracker.update([box], [RED], gap_s * frame) for frame in range(4)] == [[0]] * 4
+
+
 def test_slow_change_of_light_keeps_the_number() -> None:
     frames = [[(100.0, RED + np.float32(0.4 * k))] for k in range(100)]
     assert follow(frames) == [[0]] * 100
@@ -124,6 +139,19 @@ def test_colours_tell_real_people_apart() -> None:
     assert min(difference(a, b) for i, a in enumerate(people) for b in people[:i]) > SAME_COLOURS
 
 
+@pytest.mark.parametrize("brightness", [0.5, 0.3, 0.2])
+def test_dim_light_makes_people_no_more_alike(brightness: float) -> None:
+    photograph = read_image(picture("t1.jpg"))
+    faces = load_detector(CropConfig())(photograph)
+    dim = (photograph * brightness).astype(np.uint8)
+    group = [colours_of(dim, face.landmarks) for face in faces]
+    limit = SAME_COLOURS * contrast(thumbnail(dim))
+    assert min(difference(a, b) for i, a in enumerate(group) for b in group[:i]) > limit
+    man = [(rgb * brightness).astype(np.uint8) for rgb in carphone_frames(60)[::10]]
+    seen = [colours_of(rgb, load_detector(CropConfig())(rgb)[0].landmarks) for rgb in man]
+    assert max(difference(seen[0], later) for later in seen) < SAME_COLOURS * contrast(thumbnail(man[0]))
+
+
 def test_colours_do_not_depend_on_the_size_of_the_picture() -> None:
     rgb = carphone_frames(1)[0]
     detect = load_detector(CropConfig())
@@ -136,6 +164,7 @@ def test_colours_do_not_depend_on_the_size_of_the_picture() -> None:
 def test_a_cut_is_a_change_of_the_whole_picture() -> None:
     man, road = map(thumbnail, (carphone_frames(1)[0], scenery(1, 144, 176)[0]))
     assert is_cut(man, road)
+    assert is_cut(man // 5, road // 5)
     assert not is_cut(None, road)
     later = [thumbnail(rgb) for rgb in carphone_frames(30)]
     assert not any(is_cut(before, after) for before, after in pairwise(later))

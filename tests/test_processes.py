@@ -162,4 +162,4 @@ def test_a_terminated_command_says_that_it_can_go_on() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 128 + signal.SIGTERM
-    assert "run the same command again to go on" in ended.stderr
+    assert "run the same command again to finish" in ended.stderr

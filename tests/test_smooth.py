@@ -13,6 +13,7 @@ from vnaw_pipeline.errors import ConfigError
 from vnaw_pipeline.prediction.smooth import (
     smooth,
     smooth_mean,
+    smooth_mean_by_time,
     smooth_median,
     smooth_mode,
     smooth_predicting,
@@ -50,6 +51,17 @@ def test_smooth_predicting_lies_between_the_frame_and_the_mean(of: tuple[int, in
     p = video(*of)
     np.testing.assert_array_equal(smooth_predicting(p, half_width, 0), p)
     np.testing.assert_array_equal(smooth_predicting(p, half_width, 1), smooth_mean(p, half_width))
+
+
+@several
+@given(videos, st.floats(0, 2))
+def test_a_mean_by_time_takes_the_frames_that_are_near_in_time(of: tuple[int, int], half_width_s: float) -> None:
+    p = video(*of)
+    time_s = np.random.default_rng(of[1]).choice([0.04, 0.2, 0.5], len(p)).cumsum()
+    near = np.abs(time_s[:, None] - time_s) <= half_width_s + 1e-3
+    wanted = [p[chosen].mean(axis=0, dtype=np.float64) for chosen in near]
+    np.testing.assert_allclose(smooth_mean_by_time(p, time_s, half_width_s), wanted, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(smooth_mean_by_time(p, np.arange(len(p)) / 24, 6 / 24), smooth_mean(p, 6), rtol=1e-6)
 
 
 @several

@@ -469,6 +469,12 @@ def infer(
     from vnaw_pipeline.inference.run import infer_videos
     from vnaw_pipeline.runs import open_run
 
+    of_encoder = [text for text in overrides or [] if text.startswith("encoder.")]
+    named = any(text.startswith(("encoder.name=", "encoder.weights=")) for text in of_encoder)
+    if of_encoder and (encoder is not None or not (named or config or run)):
+        raise ConfigError(
+            f"--set {of_encoder[0]}: of which encoder? Set encoder.name and encoder.weights, not --encoder."
+        )
     _only_alone("infer")
     opened = open_run(run) if run is not None else None
     if config is None and opened is not None:
@@ -560,7 +566,7 @@ def main() -> None:
         app()
     except SystemExit as stop:
         if stop.code in (_INTERRUPTED, _TERMINATED):
-            typer.echo("Stopped. What is written is whole; run the same command again to go on.", err=True)
+            typer.echo("Stopped. What is written is whole; run the same command again to finish.", err=True)
         raise
     except PipelineError as error:
         typer.echo(str(error), err=True)

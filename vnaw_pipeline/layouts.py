@@ -19,7 +19,7 @@ from vnaw_pipeline.tasks import SPLIT_DIRS, Task
 from vnaw_pipeline.textlines import located, read_lines
 
 PACK_SUFFIX = ".h5"
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mts", ".m2ts", ".mpg", ".mpeg", ".3gp", ".wmv")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 _SEARCH_DEPTH = 3  # crops_root/batch1/cropped_aligned/<video>
 _BATCH = re.compile(r"batch\d+")

@@ -166,7 +166,7 @@ def _shrink(rgb: Rgb, long_side_px: int) -> tuple[Rgb, float]:
     scale = min(1.0, long_side_px / max(rgb.shape[:2]))
     if scale == 1:
         return rgb, scale
-    size = (round(rgb.shape[1] * scale), round(rgb.shape[0] * scale))
+    size = (max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale)))
     return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False), scale
 
 

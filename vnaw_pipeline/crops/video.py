@@ -47,7 +47,7 @@ class VideoReader:
     """An open video; iterate once over its frames, then ask for `loss()`.
 
     `fps` is the average frame rate (NaN: unknown); `expected_frames` is the count that the container stores or
-    that follows from its duration (None: neither is there).
+    that follows from its duration (None: neither is there). `start_s` is where the container's clock begins.
     """
 
     def __init__(self, path: Path, container: InputContainer) -> None:
@@ -63,6 +63,7 @@ class VideoReader:
         self.fps = float(self._stream.average_rate or math.nan)
         self._duration_s = _duration_s(self._container.duration, self._stream)
         self.expected_frames = _expected_frames(self._stream.frames, self._duration_s, self.fps)
+        self.start_s = (self._container.start_time or 0) / av.time_base
         self.decoded_frames = 0
         self._end_s = math.nan
         self._errors: list[str] = []
@@ -114,7 +115,7 @@ class VideoReader:
         return f"some frames lost, {self.decoded_frames} decoded: {len(self._errors)} damaged parts, first: {cause}"
 
     def _ends_early(self) -> bool:
-        return self._duration_s - self._end_s > _SILENT_LOSS_S
+        return self._duration_s - (self._end_s - self.start_s) > _SILENT_LOSS_S
 
     def _decode(self) -> Iterator[av.VideoFrame]:
         packets = self._container.demux(self._stream)

@@ -29,7 +29,7 @@ from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
 from vnaw_pipeline.features.backends import Encode, make_encode, one_core_per_forward, resolve_arithmetic
 from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_encoder
 from vnaw_pipeline.features.store import IMPORTED
-from vnaw_pipeline.inference.people import Colours, PeopleTracker, colours_of, is_cut, thumbnail
+from vnaw_pipeline.inference.people import Colours, PeopleTracker, colours_of, contrast, is_cut, thumbnail
 from vnaw_pipeline.processes import process_state
 from vnaw_pipeline.provenance import differences
 from vnaw_pipeline.runs import Run
@@ -155,7 +155,15 @@ def open_models(config: PipelineConfig, encoder: str | None, run: Run | None) ->
     if encoder is not None or "encoder" not in config.model_fields_set:
         wanted = encoder_of_weights(encoder or DEFAULT_ENCODER)
     detector = load_detector(config.crop, threads=1)
-    loaded = load_encoder(wanted, config.seed)
+    try:
+        loaded = load_encoder(wanted, config.seed)
+    except (CheckpointError, ConfigError) as error:
+        if run is None or encoder is not None:
+            raise
+        raise CheckpointError(
+            f"The encoder in the config of {run.folder.path} cannot be had: {error} If the run's features were made "
+            "with another one, name it with --encoder."
+        ) from error
     backend, precision = config.extract.backend, config.extract.precision
     if run is not None:
         _check_features(run, loaded, crop_settings(detector, config.crop)["crop_set"])
@@ -207,7 +215,8 @@ def analyse(
             rows: list[tuple[Any, ...]] = []
             for look in batch:
                 boxes = [face.box for face in look.faces]
-                tracks = tracker.update(boxes, look.colours, look.time_s, is_cut(before, look.thumbnail))
+                cut, share_of_contrast = is_cut(before, look.thumbnail), contrast(look.thumbnail)
+                tracks = tracker.update(boxes, look.colours, look.time_s, cut, share_of_contrast)
                 rows += [
                     (len(times), track, face.box, face.score) for track, face in zip(tracks, look.faces, strict=True)
                 ]

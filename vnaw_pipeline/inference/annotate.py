@@ -15,12 +15,15 @@ from av.video.stream import VideoStream
 
 from vnaw_pipeline.crops.video import Frame, Rgb
 from vnaw_pipeline.errors import DataError
+from vnaw_pipeline.inference.inputs import JUMP_S
 from vnaw_pipeline.report.figures import CLASS_COLOURS
 
 _TICKS = 60_000
 """Steps of a second for frame times: whole numbers for the usual frame rates, and what MPEG-4 can still count."""
 _MP4_SOUND = {"aac", "mp3", "ac3", "eac3", "opus", "alac"}
 """Sound that players expect in an MP4; other sound is encoded again, as AAC."""
+_MP4_MP3_RATE = 16_000
+"""Least samples a second of the MP3 sound that an MP4 takes."""
 _HOLE_S = 0.1
 """Sound that is missing for longer leaves a silence; less is rounding."""
 _Sound = Iterator[tuple[float, list[Any]]]
@@ -109,7 +112,7 @@ def _refusals_named(path: Path) -> Iterator[None]:
     except av.error.FFmpegError as error:
         if isinstance(error, OSError):  # such as a full disk
             raise
-        raise DataError(f"no video {path.name.strip('.')} could be written: {error}") from error
+        raise DataError(f"no video could be written as {path.suffix}: {error}") from error
 
 
 def _fitted(rgb: Rgb, width: int, height: int) -> Rgb:
@@ -126,7 +129,9 @@ def _open_sound(path: Path, out: OutputContainer, stack: ExitStack) -> _Sound:
     source = stack.enter_context(av.open(f"file:{path}"))
     if not source.streams.audio or not source.streams.audio[0].codec_context:
         return iter(())
-    if source.streams.audio[0].codec_context.codec.canonical_name in _MP4_SOUND:
+    given = source.streams.audio[0].codec_context
+    name = given.codec.canonical_name
+    if name in _MP4_SOUND and (name != "mp3" or given.sample_rate >= _MP4_MP3_RATE):
         return _copied(source, out)
     return _encoded(source, out)
 
@@ -136,12 +141,21 @@ def _copied(source: InputContainer, out: OutputContainer) -> _Sound:
     stream = out.add_stream_from_template(given)
 
     def packets() -> _Sound:
+        latest, shift = None, 0
         with suppress(av.error.FFmpegError):  # a broken tail: the sound ends here, the pictures are kept
             for packet in source.demux(given):
-                if packet.dts is not None and packet.time_base is not None:
-                    time_s = float(packet.dts * packet.time_base)
-                    packet.stream = stream
-                    yield time_s, [packet]
+                if packet.dts is None or packet.pts is None or packet.time_base is None:
+                    continue
+                if latest is None:
+                    shift = -round(_start_s(source) / packet.time_base)
+                elif packet.dts + shift <= latest:  # an MP4 takes rising times only
+                    if (latest - packet.dts - shift) * packet.time_base <= JUMP_S:
+                        continue
+                    shift = latest + max(packet.duration or 1, 1) - packet.dts
+                packet.dts, packet.pts = packet.dts + shift, packet.pts + shift
+                latest = packet.dts
+                packet.stream = stream
+                yield float(latest * packet.time_base), [packet]
 
     return packets()
 
@@ -149,13 +163,14 @@ def _copied(source: InputContainer, out: OutputContainer) -> _Sound:
 def _encoded(source: InputContainer, out: OutputContainer) -> _Sound:
     given = source.streams.audio[0]
     layout = "mono" if given.layout.nb_channels == 1 else "stereo"  # PCM often does not say which channels it holds
-    stream = out.add_stream("aac", rate=given.rate, layout=layout)
+    rate = min(av.Codec("aac", "w").audio_rates or [given.rate], key=lambda rate: abs(rate - given.rate))
+    stream = out.add_stream("aac", rate=rate, layout=layout)
 
     def packets() -> _Sound:
         samples = 0  # counted, as containers such as AVI round the times of sound
-        with suppress(av.error.FFmpegError):
+        with suppress(av.error.FFmpegError, ValueError):  # ValueError: the channels change in the middle
             for frame in source.decode(given):
-                begins = round((frame.time or 0) * given.rate)
+                begins = round(((frame.time or 0) - _start_s(source)) * given.rate)
                 if begins > samples + given.rate * _HOLE_S:
                     samples = begins
                 frame.pts, frame.time_base = samples, Fraction(1, given.rate)
@@ -164,3 +179,8 @@ def _encoded(source: InputContainer, out: OutputContainer) -> _Sound:
         yield float("inf"), stream.encode()
 
     return packets()
+
+
+def _start_s(source: InputContainer) -> float:
+    """Where the file's clock begins; the times of frames count from there."""
+    return (source.start_time or 0) / av.time_base

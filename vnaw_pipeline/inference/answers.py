@@ -10,11 +10,11 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from vnaw_pipeline.config import PredictConfig, SmoothConfig, WindowConfig
+from vnaw_pipeline.config import PredictConfig, WindowConfig
 from vnaw_pipeline.features.bank import FeatureBank
 from vnaw_pipeline.inference.analyse import Models, Sightings, Spool
 from vnaw_pipeline.prediction.finish import finish_video
-from vnaw_pipeline.prediction.smooth import Probabilities
+from vnaw_pipeline.prediction.smooth import Probabilities, fill_gaps, smooth_mean_by_time
 from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.report.figures import clock_time
 from vnaw_pipeline.runs import Run
@@ -24,7 +24,8 @@ _PLACE = ("x", "y", "width", "height", "score")
 
 
 def frame_table(video: str, sightings: Sightings, spool: Spool, models: Models) -> pd.DataFrame:
-    """One row for each person and frame from their first to their last; all frames, without a person, if there is none.
+    """One row for each person and frame from their first to their last, in the order of the frames; a frame that is
+    nobody's has a row without a person.
 
     Columns: `video, person` (from 1, in order of appearance, then from the left), `frame_index, time_s, valid` (a face
     was found), `x, y, width, height, score` (in pixels, empty where not valid), `expression` (of the largest
@@ -32,12 +33,12 @@ def frame_table(video: str, sightings: Sightings, spool: Spool, models: Models) 
     """
     rows_of = [np.flatnonzero(sightings.faces["track"] == track) for track in people_of(sightings, models)]
     tables = [_person_table(person, rows, sightings, spool, models) for person, rows in enumerate(rows_of, 1)]
-    if not tables:
-        frames = np.arange(len(sightings.time_s))
-        nothing = np.zeros(0, np.int64)
-        no_answer = np.full((len(frames), len(models.outputs)), np.nan, np.float32)
-        tables = [_rows(None, frames, nothing, no_answer, sightings, models)]
-    table = pd.concat(tables, ignore_index=True)
+    of_people = [of_person.frame_index.to_numpy() for of_person in tables]
+    of_nobody = np.setdiff1d(np.arange(len(sightings.time_s)), np.concatenate([[], *of_people]))
+    if len(of_nobody):
+        no_answer = np.full((len(of_nobody), len(models.outputs)), np.nan, np.float32)
+        tables.append(_rows(None, of_nobody, np.zeros(0, np.int64), no_answer, sightings, models))
+    table = pd.concat(tables).sort_values("frame_index", kind="stable", ignore_index=True)
     return table.assign(video=pd.Categorical([video]).repeat(len(table)))[["video", *table.columns]]
 
 
@@ -61,13 +62,13 @@ def _person_table(
     infer = models.config.infer
     if models.run is not None:
         raw = _temporal_probabilities(models.run, models, sightings, rows, spool)
-        config = models.config.predict.of_task("expr8")
+        config = models.config.predict.of_task(models.run.task.name)
+        final = finish(raw, valid, time_s, infer.fill_gaps_s, config)
     else:
         raw = np.zeros((len(frames), len(models.outputs)), np.float32)
         raw[valid] = _head_probabilities(rows, spool, models)
-        half_width = round(infer.smooth_s / frame_seconds(sightings.time_s))
-        config = PredictConfig(smooth=SmoothConfig(kind="mean", half_width=half_width))
-    return _rows(person, frames, rows, finish(raw, valid, time_s, infer.fill_gaps_s, config), sightings, models)
+        final = finish(raw, valid, time_s, infer.fill_gaps_s, infer.smooth_s)
+    return _rows(person, frames, rows, final, sightings, models)
 
 
 def frame_seconds(time_s: npt.NDArray[np.float64]) -> float:
@@ -80,18 +81,23 @@ def finish(
     valid: npt.NDArray[np.bool_],
     time_s: npt.NDArray[np.float64],
     fill_gaps_s: float,
-    config: PredictConfig,
+    after: PredictConfig | float,
 ) -> Probabilities:
     """Final answers, interpolated over gaps of at most `fill_gaps_s`; (n, K) -> (n, K), NaN in longer gaps.
 
-    The stretches between long gaps know nothing of each other. The first and last frames are valid.
+    `after`: what follows, as `vnaw predict` does it, or the mean over so many seconds to either side. The stretches
+    between long gaps know nothing of each other. The first and last frames are valid.
     """
     final = np.full_like(raw, np.nan)
     known = np.flatnonzero(valid)
     breaks = np.flatnonzero(np.diff(time_s[known]) > fill_gaps_s) + 1
     for stretch in np.split(known, breaks):
         inside = slice(stretch[0], stretch[-1] + 1)
-        final[inside] = finish_video(raw[inside], valid[inside], raw[0], config, "classes")
+        if isinstance(after, PredictConfig):
+            final[inside] = finish_video(raw[inside], valid[inside], raw[0], after, "classes")
+        else:
+            filled = fill_gaps(raw[inside], valid[inside], raw[0])
+            final[inside] = smooth_mean_by_time(filled, time_s[inside], after)
     return final
 
 
@@ -178,17 +184,18 @@ def _rows(
 def spans_of(table: pd.DataFrame, min_span_s: float, frame_s: float) -> list[tuple[float, float, str]]:
     """One person's expressions as (start, end, name) in seconds; gaps without an answer belong to none.
 
-    A span shorter than `min_span_s` goes, the shortest first, to the longer of the spans that touch it. `frame_s` is
-    how long a frame lasts.
+    A span shorter than `min_span_s` goes, the shortest first, to the longer of the spans that touch it. A frame lasts
+    until the next one, the last one `frame_s`.
     """
     codes = table.expression.cat.codes.to_numpy()
     time_s = table.time_s.to_numpy()
+    end_s = np.append(time_s[1:], time_s[-1] + frame_s)
     bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
     least_s = min_span_s - frame_s / 2  # spans are whole frames, times are rounded
     runs = [[start, stop, int(codes[start])] for start, stop in pairwise(bounds)]
 
     def seconds(run: list[int]) -> float:
-        return float(time_s[run[1] - 1] - time_s[run[0]]) + frame_s
+        return round(float(end_s[run[1] - 1] - time_s[run[0]]), 4)  # times are rounded; equally long ones stay so
 
     def touching(place: int) -> list[int]:
         return [near for near in (place - 1, place + 1) if 0 <= near < len(runs) and runs[near][2] >= 0]
@@ -207,7 +214,7 @@ def spans_of(table: pd.DataFrame, min_span_s: float, frame_s: float) -> list[tup
             for code, together in ((code, list(group)) for code, group in groupby(runs, key=lambda run: run[2]))
         ]
     names = table.expression.cat.categories
-    return [(float(time_s[r[0]]), float(time_s[r[1] - 1]) + frame_s, str(names[r[2]])) for r in runs if r[2] >= 0]
+    return [(float(time_s[r[0]]), float(end_s[r[1] - 1]), str(names[r[2]])) for r in runs if r[2] >= 0]
 
 
 def summary_lines(table: pd.DataFrame, min_span_s: float) -> list[str]:

@@ -15,6 +15,8 @@ from vnaw_pipeline.crops.video import Frame, Rgb, VideoReader
 from vnaw_pipeline.errors import DataError, listing
 from vnaw_pipeline.layouts import VIDEO_SUFFIXES
 
+JUMP_S = 1.0
+"""Times that step back by more begin anew there; by less, they are inaccurate."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -36,7 +38,9 @@ def find_inputs(given: Sequence[Path]) -> dict[str, Path]:
             paths.append(path)
             continue
         found = sorted(
-            file for file in path.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES and file.is_file()
+            file
+            for file in path.iterdir()
+            if file.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES and file.name[0] != "." and file.is_file()
         )
         if not found:
             endings = " ".join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)
@@ -56,34 +60,43 @@ def read_image(path: Path) -> Rgb:
     """Read a picture, upright as its EXIF orientation says; (H, W, 3).
 
     Raises:
-        DataError: no such file, or not a picture.
+        DataError: no such file, one that may not be read, or not a picture.
     """
-    if not path.is_file():
-        raise DataError(f"No such image: {path}.")
-    content = np.frombuffer(path.read_bytes(), np.uint8)
+    try:
+        content = np.frombuffer(path.read_bytes(), np.uint8)
+    except FileNotFoundError as error:
+        raise DataError(f"No such image: {path}.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     bgr = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
     if bgr is None:
         raise DataError(f"{path} cannot be read as an image. It is empty, damaged, or of another kind.")
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
 
 
-def timed(video: VideoReader, from_zero: bool = False) -> Iterator[Frame]:
-    """A video's frames, each with a time: where the file has none, from the frame rate (25 if that is missing too).
+def timed(video: VideoReader, from_first: bool = False) -> Iterator[Frame]:
+    """A video's frames, each with a time that no later one is before: where the file has none, from the frame rate (25
+    if that is missing too).
 
-    `from_zero`: count from the first frame, as a camera's clock starts anywhere.
+    Times count from the beginning of the file; `from_first`: from the first frame, as a camera's clock starts anywhere.
+    Where they jump back, as in files that were joined, they go on from the frame before.
     """
     fps = video.fps if np.isfinite(video.fps) else 25.0
-    start = 0.0
+    latest_s, shift_s = -np.inf, -video.start_s
     for frame in video:
-        time_s = frame.time_s if np.isfinite(frame.time_s) else frame.frame_index / fps
-        if from_zero and frame.frame_index == 0:
-            start = time_s
-        yield frame._replace(time_s=time_s - start)
+        time_s = frame.time_s if np.isfinite(frame.time_s) else video.start_s + frame.frame_index / fps
+        if frame.frame_index == 0 and from_first:
+            shift_s = -time_s
+        if time_s + shift_s < latest_s - JUMP_S:
+            shift_s = latest_s + 1 / fps - time_s
+        latest_s = max(latest_s, time_s + shift_s)
+        yield frame._replace(time_s=latest_s)
 
 
 @contextmanager
-def until_interrupted(frames: Iterator[Frame]) -> Iterator[Iterator[Frame]]:
-    """The frames up to the first Ctrl-C, which only ends them; a second one stops the program as usual."""
+def until_interrupted(frames: Iterator[Frame]) -> Iterator[tuple[Iterator[Frame], threading.Event]]:
+    """The frames up to the first Ctrl-C, which only ends them and sets the event; a second one stops the program as
+    usual."""
     stopped = threading.Event()
     before = signal.getsignal(signal.SIGINT)
 
@@ -93,6 +106,6 @@ def until_interrupted(frames: Iterator[Frame]) -> Iterator[Iterator[Frame]]:
 
     signal.signal(signal.SIGINT, stop)
     try:
-        yield takewhile(lambda _: not stopped.is_set(), frames)
+        yield takewhile(lambda _: not stopped.is_set(), frames), stopped
     finally:
         signal.signal(signal.SIGINT, before)

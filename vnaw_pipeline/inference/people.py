@@ -39,7 +39,11 @@ _COAST_S = 0.5
 _REACH_PER_S = 10.0
 """How many times its own size a face may stray from where it is expected, per second out of sight."""
 _VIEW_PX = 96
-_NEVER = 1e6
+_NEVER = 2.0
+"""No allowed pair is dearer: a good pair beside someone new costs less than two bad ones."""
+_USUAL_LEVEL = 90.0
+"""Mean of a picture's channels, of 255, from which on the limits above hold; in a darker one everything is less unlike,
+and they shrink with it, to a quarter."""
 
 
 def colours_of(rgb: Rgb, landmarks: Points) -> Colours:
@@ -72,9 +76,16 @@ def thumbnail(rgb: Rgb) -> Rgb:
     return cast(Rgb, cv2.resize(rgb, (16, 16), interpolation=cv2.INTER_AREA))
 
 
+def contrast(picture: Rgb) -> float:
+    """Share of the usual differences that are left in a dark picture, by its thumbnail."""
+    return float(np.clip(picture.mean() / _USUAL_LEVEL, 0.25, 1.0))
+
+
 def is_cut(before: Rgb | None, after: Rgb) -> bool:
     """Whether the whole frame changed from one thumbnail to the next. The first frame is no cut."""
-    return before is not None and float(np.abs(after.astype(int) - before).mean()) > CUT_CHANGE
+    if before is None:
+        return False
+    return float(np.abs(after.astype(int) - before).mean()) > CUT_CHANGE * max(contrast(before), contrast(after))
 
 
 @dataclass
@@ -113,20 +124,31 @@ class PeopleTracker:
         self._return_s = return_s
         self._tracks: list[_Track] = []
         self._next = 0
+        self._latest_s = -np.inf
 
-    def update(self, boxes: Sequence[Box], colours: Sequence[Colours], time_s: float, cut: bool = False) -> list[int]:
+    def update(
+        self,
+        boxes: Sequence[Box],
+        colours: Sequence[Colours],
+        time_s: float,
+        cut: bool = False,
+        share_of_contrast: float = 1.0,
+    ) -> list[int]:
         """Numbers of the people whose faces one frame holds, in the order of the faces; frames come in order.
 
         Args:
             boxes, colours: of each face.
             time_s: of the frame, in seconds.
             cut: whether the whole picture changed since the last frame.
+            share_of_contrast: what is left of the usual differences in a dark picture.
         """
-        self._tracks = [track for track in self._tracks if time_s - track.seen_s <= self._return_s]
+        oldest_s = min(self._latest_s, time_s - self._return_s)  # who was in the last frame is there, however long ago
+        self._tracks = [track for track in self._tracks if track.seen_s >= oldest_s]
+        self._latest_s = time_s
         for track in self._tracks:
             track.same_shot &= not cut
         faces = list(zip(boxes, colours, strict=True))
-        costs = np.array([[_cost(track, *face, time_s) for face in faces] for track in self._tracks])
+        costs = np.array([[_cost(track, *face, time_s, share_of_contrast) for face in faces] for track in self._tracks])
         chosen = dict[int, _Track]()
         if costs.size:
             for row, column in zip(*linear_sum_assignment(costs), strict=True):
@@ -145,9 +167,10 @@ class PeopleTracker:
         return [chosen[place].number for place in range(len(boxes))]
 
 
-def _cost(track: _Track, box: Box, colours: Colours, time_s: float) -> float:
+def _cost(track: _Track, box: Box, colours: Colours, time_s: float, share_of_contrast: float) -> float:
     """0: exactly the expected place and colours; `_NEVER`: another person."""
-    unlike = difference(track.colours, colours) / (SAME_COLOURS if track.same_shot else SAME_COLOURS_AFTER_CUT)
+    limit = share_of_contrast * (SAME_COLOURS if track.same_shot else SAME_COLOURS_AFTER_CUT)
+    unlike = difference(track.colours, colours) / limit
     if unlike > 1:
         return _NEVER
     if not track.same_shot:

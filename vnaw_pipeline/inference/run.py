@@ -7,6 +7,7 @@ then to be drawn on, and memory does not grow with the pixels of either. A camer
 <out>/<name>/recording.mkv on the way, to be read again.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +21,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from vnaw_pipeline.config import PipelineConfig, load_config
-from vnaw_pipeline.crops.video import Frame, open_camera, open_video
-from vnaw_pipeline.errors import DataError
+from vnaw_pipeline.crops.video import Frame, Rgb, open_camera, open_video
+from vnaw_pipeline.errors import ConfigError, DataError
 from vnaw_pipeline.inference.analyse import Clock, Models, Spool, analyse, open_models
 from vnaw_pipeline.inference.annotate import drawer, write_through
 from vnaw_pipeline.inference.answers import frame_seconds, frame_table, summary_lines
@@ -32,6 +33,7 @@ from vnaw_pipeline.runs import Run, open_run
 from vnaw_pipeline.stages import Failure, StageReport, progress_bar
 from vnaw_pipeline.tasks import IGNORE_LABEL
 
+_LOG = logging.getLogger(__name__)
 _Read = Callable[[str, Path, Models, Clock, Callable[[int], None]], "_Outcome"]
 _TIMELINE_COLUMNS = 2000
 _JSON_ROWS = 10_000
@@ -62,7 +64,10 @@ def infer_video(
     run = open_run(run_dir) if run_dir is not None else None
     config = config or (load_config(run.folder.config) if run is not None else PipelineConfig())
     with open_models(config, encoder, run) as models:
-        return _analyse_file(Path(path).stem, Path(path), models, Clock(), lambda _: None).table
+        outcome = _analyse_file(Path(path).stem, Path(path), models, Clock(), lambda _: None)
+    if outcome.loss is not None:
+        _LOG.warning("%s: %s", path, outcome.loss)
+    return outcome.table
 
 
 def infer_videos(
@@ -81,9 +86,11 @@ def infer_videos(
 
     Raises:
         DataError: a folder without media, two inputs of one name.
-        CheckpointError, ConfigError: as `open_models`.
+        CheckpointError, ConfigError: as `open_models`; files and a camera together.
         OSError: the folder cannot be written to, or is full. Finished inputs stay.
     """
+    if camera is not None and inputs:
+        raise ConfigError("Give files to read, or a camera, and not both.")
     started = time.monotonic()
     report = StageReport("infer", units="inputs")
     report.write_status(out_dir / "status.csv")  # fails now, not after an hour, where nothing can be written
@@ -134,11 +141,11 @@ def _analyse_file(name: str, path: Path, models: Models, clock: Clock, advance: 
 def _analyse_camera(
     number: int, name: str, recording: Path, models: Models, clock: Clock, advance: Callable[[int], None]
 ) -> _Outcome:
-    with open_camera(number) as video, until_interrupted(timed(video, from_zero=True)) as frames:
+    with open_camera(number) as video, until_interrupted(timed(video, from_first=True)) as (frames, stopped):
         recording.parent.mkdir(parents=True, exist_ok=True)
         outcome = _analyse(name, write_through(recording, frames), models, clock, advance)
-        loss = video.loss()
-        return replace(outcome, loss=loss and f"camera {number} is gone; what it sent is kept ({loss})")
+        gone = f"camera {number} is gone; what it sent is kept ({video.loss() or 'it sends nothing more'})"
+        return replace(outcome, loss=None if stopped.is_set() else gone)
 
 
 def _analyse(
@@ -167,14 +174,24 @@ def _write_outcome(
             write_bytes(folder / "annotated.png", cv2.imencode(".png", picture)[1].tobytes())
             advance(1)
             return lines
-        for earlier in folder.glob("timeline*.png"):  # of other people, or of nobody
-            earlier.unlink()
+        for earlier in (*folder.glob("timeline*.png"), folder / "annotated.mp4"):  # of other people, or of nobody
+            earlier.unlink(missing_ok=True)
         _draw_timelines(outcome, folder, models)
-        with atomic_path(folder / "annotated.mp4") as partial_path, open_video(source) as video:
-            frames = (frame._replace(rgb=draw(frame)) for frame in timed(video))
-            for _ in write_through(partial_path, frames, source):
-                advance(1)
+        try:
+            _write_copy(folder / "annotated.mp4", source, draw, source, advance)
+        except DataError as error:
+            _write_copy(folder / "annotated.mp4", source, draw, None, lambda _: None)
+            lines = [*lines, f"annotated.mp4 is without its sound: {error}"]
     return lines
+
+
+def _write_copy(
+    path: Path, source: Path, draw: Callable[[Frame], Rgb], sound_of: Path | None, advance: Callable[[int], None]
+) -> None:
+    with atomic_path(path) as partial_path, open_video(source) as video:
+        frames = (frame._replace(rgb=draw(frame)) for frame in timed(video))
+        for _ in write_through(partial_path, frames, sound_of):
+            advance(1)
 
 
 def write_table(table: pd.DataFrame, folder: Path) -> None:
@@ -192,7 +209,7 @@ def write_table(table: pd.DataFrame, folder: Path) -> None:
 def _draw_timelines(outcome: _Outcome, folder: Path, models: Models) -> None:
     """One figure a person over the whole video, so that they can be laid below each other; empty without anyone."""
     table = outcome.table
-    for person in table.person.unique():
+    for person in table.person.dropna().unique() if table.person.notna().any() else [pd.NA]:
         nobody = pd.isna(person)
         rows = table if nobody else table[table.person == person]
         bands, probabilities = _timeline_columns(rows, outcome.span_s, models.probability_columns)

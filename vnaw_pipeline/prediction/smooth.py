@@ -67,6 +67,13 @@ def smooth_mean(answers: Probabilities, half_width: int) -> Probabilities:
     return means
 
 
+def smooth_mean_by_time(answers: Probabilities, time_s: npt.NDArray[np.float64], half_width_s: float) -> Probabilities:
+    """Mean over the frames at most so many seconds away, to a millisecond, by their ascending times (T,); (T, K)."""
+    start = np.searchsorted(time_s, time_s - half_width_s - 1e-3, side="left")
+    stop = np.searchsorted(time_s, time_s + half_width_s + 1e-3, side="right")
+    return np.asarray(_window_sums(answers, start, stop) / (stop - start)[:, None], dtype=np.float32)
+
+
 def smooth_predicting(answers: Probabilities, half_width: int, share: float) -> Probabilities:
     """What a frame says, mixed with what its neighbourhood says: (1 - share) * p_t + share * the mean over the window.
 
