@@ -459,6 +459,22 @@ def test_a_killed_training_goes_on_with_the_same_losses(
     assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
+def test_a_run_from_before_a_setting_was_there_goes_on(
+    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    train(drawn, drawn_store, tmp_path / "run", tiny_config)
+    last = RunFolder(tmp_path / "run").last
+    tensors, header = load_tensors(last)
+    del header["config"]["temporal"]["causal"]
+    save_tensors(last, tensors, header)
+    again = train_windows(drawn.manifest, drawn.annotations, drawn_store, tmp_path / "run", tiny_config)
+    assert (again.done, again.skipped) == (0, tiny_config.train.epochs)
+    header["config"]["temporal"]["causal"] = True
+    save_tensors(last, tensors, header)
+    with pytest.raises(CheckpointError, match=r"config\.temporal\.causal: found True, wanted False"):
+        train(drawn, drawn_store, tmp_path / "run", tiny_config)
+
+
 def test_a_fold_is_predicted_and_scored_with_its_own_splits(
     drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
 ) -> None:

@@ -9,10 +9,12 @@ from vnaw_pipeline.config import MaskingConfig, PredictConfig, SkipConfig, Windo
 from vnaw_pipeline.features.bank import FeatureBank
 from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS
+from vnaw_pipeline.windows import plan as planning
 from vnaw_pipeline.windows.augment import channel_mask, draw_mask_words, erase_channels, mask_input, skip_frames
 from vnaw_pipeline.windows.batches import gather_windows
 from vnaw_pipeline.windows.plan import (
     balanced_weights,
+    draw_by_weight,
     labelled_share,
     plan_windows,
     window_labels,
@@ -268,3 +270,12 @@ def test_each_window_is_gathered_in_the_view_that_was_drawn_for_it() -> None:
     views, drawn = ["erase0", "plain", "mirror"], [2, 0, 1]
     found = gather_windows(bank, {}, rows, torch.zeros(3, dtype=torch.int64), views, drawn)
     assert found.embeddings[..., 0].tolist() == [[-1, -2], [30, 0], [4, 5]]
+
+
+@pytest.mark.parametrize("most", [10, 3], ids=["torch's", "ours"])
+def test_draws_are_as_often_as_they_weigh(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_MOST_WEIGHTS", most)
+    weights = torch.tensor([0, 1, 3, 0, 4, 0], dtype=torch.float64)
+    counts = torch.bincount(draw_by_weight(weights, 20_000, torch.Generator().manual_seed(0)), minlength=6)
+    torch.testing.assert_close(counts / 20_000, (weights / 8).float(), atol=0.015, rtol=0)  # four deviations
+    assert not counts[weights == 0].any()

@@ -71,12 +71,13 @@ def measure_backend(work: Path, size: Size) -> list[Figure]:
     batch = min(config.extract.batch_frames, size.eager_frames)
     config = _with_extract(config, {"batch_frames": batch})
     batches = _batches(size.eager_frames, batch, size.encoder_px) * 2  # for two cores at least
-    encoder = load_encoder(size.encoder)
+    encoder, device = load_encoder(size.encoder), process_state().device
+    model = encoder.model.to(device)
 
     @torch.inference_mode()
     def eager() -> npt.NDArray[np.float32]:
-        images = (encoder.preprocessing.normalise(torch.from_numpy(frames)) for frames in batches)
-        return np.concatenate([encoder.model(of_batch).numpy() for of_batch in images])
+        images = (encoder.preprocessing.normalise(torch.from_numpy(frames).to(device)) for frames in batches)
+        return np.concatenate([model(of_batch).cpu().numpy() for of_batch in images])
 
     wanted = eager()
     pairs = []

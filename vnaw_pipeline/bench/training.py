@@ -33,12 +33,12 @@ from vnaw_pipeline.features.encoder import build_encoder
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.features.views import PLAIN
 from vnaw_pipeline.prediction.predict import predict_videos
-from vnaw_pipeline.processes import keep_freed_memory
+from vnaw_pipeline.processes import keep_freed_memory, process_state
 from vnaw_pipeline.tasks import IGNORE_LABEL
 from vnaw_pipeline.temporal import TemporalModel
 from vnaw_pipeline.training.windows import train_windows
 from vnaw_pipeline.windows.augment import channel_mask, erase_channels, skip_frames
-from vnaw_pipeline.windows.batches import WindowBatch, gather_windows
+from vnaw_pipeline.windows.batches import WindowBatch, gather_windows, put
 from vnaw_pipeline.windows.plan import WindowPlan, plan_windows, window_rows
 
 _WINDOWS = WindowConfig()
@@ -85,14 +85,15 @@ def measure_windows(work: Path, size: Size) -> list[Figure]:
     keep_freed_memory()  # as training does
     bank, labels, plan = _bank(work, size)
     generator = torch.Generator().manual_seed(0)
-    rows = window_rows(plan, bank.first, _WINDOWS.window_frames, bank.zero_row)
-    out = torch.empty(size.batch_windows * _WINDOWS.window_frames, bank.embedding_dim, dtype=torch.float16)
+    rows = window_rows(plan, bank.first.cpu(), _WINDOWS.window_frames, bank.zero_row)
+    shape = (size.batch_windows * _WINDOWS.window_frames, bank.embedding_dim)
+    out = torch.empty(shape, dtype=torch.float16, device=bank.device)
 
     def drawn() -> Tensor:
         return torch.randint(len(plan), (size.batch_windows,), generator=generator)
 
     turns = in_turns(
-        lambda: torch.index_select(bank.embeddings, 0, rows[drawn()].flatten(), out=out),
+        lambda: torch.index_select(bank.embeddings, 0, put(rows[drawn()].flatten(), bank.device), out=out),
         lambda: _augmented_batch(bank, labels, plan, drawn(), generator),
         10 * size.repeats,
     )
@@ -110,7 +111,7 @@ def measure_training(work: Path, size: Size) -> list[Figure]:
     def batch() -> WindowBatch:
         return _augmented_batch(bank, labels, plan, torch.randint(len(plan), (count,), generator=generator), generator)
 
-    step = _training_step(TemporalModel(bank.embedding_dim, len(TASK.outputs), size.temporal))
+    step = _training_step(TemporalModel(bank.embedding_dim, len(TASK.outputs), size.temporal).to(bank.device))
     kept = batch()
     loader = _per_item_batches(work / "store.zarr", bank, labels, plan, count)
 
@@ -122,7 +123,7 @@ def measure_training(work: Path, size: Size) -> list[Figure]:
         step(kept.embeddings, kept.valid, kept.labels[TASK.name])
 
     def per_item() -> None:
-        step(*next(loader))
+        step(*(put(part, bank.device) for part in next(loader)))
 
     alone()  # takes the memory that later steps use again
     turns = in_turns(with_data, alone, size.repeats * size.steps)
@@ -170,9 +171,10 @@ def measure_prediction(work: Path, size: Size) -> list[Figure]:
     lengths = torch.tensor([video.num_frames for video in videos])
     num_windows = len(plan_windows(lengths, _WINDOWS.window_frames, _WINDOWS.predict_stride))
     batch = config.predict.batch_windows
-    model = TemporalModel(store.embedding_dim, len(TASK.outputs), size.temporal).eval()
-    embeddings = torch.randn(batch, _WINDOWS.window_frames, store.embedding_dim).half()
-    valid = torch.ones(batch, _WINDOWS.window_frames, dtype=torch.bool)
+    device = process_state().device
+    model = TemporalModel(store.embedding_dim, len(TASK.outputs), size.temporal).eval().to(device)
+    embeddings = torch.randn(batch, _WINDOWS.window_frames, store.embedding_dim).half().to(device)
+    valid = torch.ones(batch, _WINDOWS.window_frames, dtype=torch.bool, device=device)
 
     @torch.inference_mode()
     def forward() -> None:
@@ -235,21 +237,22 @@ def measure_prediction_memory(work: Path, size: Size) -> list[Figure]:
 def _bank(work: Path, size: Size) -> tuple[FeatureBank, Tensor, WindowPlan]:
     """A bank with random labels (N + 1,), and the plan of its training windows."""
     store = write_store(work / "store.zarr", make_videos(size.bank_videos), size.widths[0])
-    bank = open_bank(store, shown=False)
+    bank = open_bank(store, shown=False, device=process_state().device)
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(IGNORE_LABEL, len(TASK.outputs), (bank.zero_row + 1,), generator=generator)
     labels[-1] = IGNORE_LABEL
-    return bank, labels, plan_windows(bank.num_frames, _WINDOWS.window_frames, _WINDOWS.train_stride)
+    return bank, labels, plan_windows(bank.num_frames.cpu(), _WINDOWS.window_frames, _WINDOWS.train_stride)
 
 
 def _augmented_batch(
     bank: FeatureBank, labels: Tensor, plan: WindowPlan, chosen: Tensor, generator: torch.Generator
 ) -> WindowBatch:
     """A batch as training makes it by default: frames skipped, then channels erased."""
-    rows = skip_frames(plan.select(chosen), bank.first, labels, _WINDOWS.window_frames, _WINDOWS.skip, generator)
+    first = bank.first.cpu()
+    rows = skip_frames(plan.select(chosen), first, labels, _WINDOWS.window_frames, _WINDOWS.skip, generator)
     keep = channel_mask(len(chosen), bank.embedding_dim, _WINDOWS.erase_share, generator)
-    batch = gather_windows(bank, {TASK.name: labels}, rows, plan.video[chosen])
-    return batch._replace(embeddings=erase_channels(batch.embeddings, keep))
+    batch = gather_windows(bank, {TASK.name: put(labels, bank.device)}, rows, plan.video[chosen])
+    return batch._replace(embeddings=erase_channels(batch.embeddings, put(keep, bank.device)))
 
 
 def _training_step(model: nn.Module) -> Callable[..., None]:
@@ -302,13 +305,15 @@ def _encoder_frame_seconds(work: Path, size: Size) -> float:
     video = Video("video0000", "train", _ENCODER_BATCH)
     write_crops(work, [video], size.encoder_px)
     paths = [work / "cropped_aligned" / video.video_id / image_name(frame) for frame in range(_ENCODER_BATCH)]
+    device = process_state().device
     model, preprocessing, _ = build_encoder(size.encoder, len(TASK.outputs))
-    optimiser = torch.optim.AdamW(model.parameters())
-    labels = torch.zeros(_ENCODER_BATCH, dtype=torch.int64)
+    optimiser = torch.optim.AdamW(model.to(device).parameters())
+    labels = torch.zeros(_ENCODER_BATCH, dtype=torch.int64, device=device)
 
     def step() -> None:
         crops = np.stack([preprocessing.of_crop(decode_crop(path.read_bytes())) for path in paths])
-        F.cross_entropy(model(preprocessing.normalise(torch.from_numpy(crops))), labels).backward()  # type: ignore[no-untyped-call]
+        images = preprocessing.normalise(torch.from_numpy(crops).to(device))
+        F.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         optimiser.zero_grad()
 

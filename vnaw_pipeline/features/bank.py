@@ -7,6 +7,7 @@ it takes as long as one pass over the embeddings.
 """
 
 import math
+import os
 import secrets
 import shutil
 import socket
@@ -25,7 +26,7 @@ from vnaw_pipeline.config import BankPlace
 from vnaw_pipeline.errors import StoreError
 from vnaw_pipeline.features.store import VALID, FeatureStore
 from vnaw_pipeline.features.views import PLAIN
-from vnaw_pipeline.processes import cpu_share, gather_all, memory_share, process_state
+from vnaw_pipeline.processes import cpu_share, gather_all, meet, memory_share, process_state
 from vnaw_pipeline.stages import progress_bar
 
 _PLACES: tuple[BankPlace, ...] = ("device", "memory", "mapped")
@@ -126,7 +127,7 @@ def open_bank(
         store.require(video_ids, views)  # says all that is missing
         raise
     if place == "mapped":
-        process_state().wait_for_everyone()
+        meet()
     plain = tables.pop(PLAIN)
     return FeatureBank(video_ids, plain, valid.to(device), torch.from_numpy(first).to(device), tables)
 
@@ -135,6 +136,7 @@ def _first_that_fits(wanted: BankPlace, size: int, device: torch.device, shown: 
     """Where a bank of so many bytes goes; every process decides alike, since they share a mapped file."""
     free = {"memory": memory_share()}
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch keeps of an earlier training would count as taken
         free["device"] = torch.cuda.mem_get_info(device)[0]
     for place in _PLACES[_PLACES.index(wanted) :]:
         if place == "mapped" or (place in free and all(gather_all([size <= _SHARE[place] * free[place]]))):
@@ -160,7 +162,16 @@ def _allocate(place: BankPlace, shape: tuple[int, int, int], device: torch.devic
             "are free. Set TMPDIR to a folder on a local disk with more."
         )
     path = Path(folder) / f"vnaw_bank.{gather_all([secrets.token_hex(8)])[0]}.{socket.gethostname()}"
-    rows = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float16)
-    process_state().wait_for_everyone()  # all have mapped it: it lives on without a name
-    path.unlink(missing_ok=True)
+    try:
+        if process_state().is_local_main_process and hasattr(os, "posix_fallocate"):
+            with path.open("ab") as file:  # a mapped file that finds no room later ends the program without a word
+                os.posix_fallocate(file.fileno(), 0, size)
+        rows = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float16)
+        meet()  # all have mapped it: it lives on without a name
+    except OSError as error:
+        raise StoreError(
+            f"The features, {size / 1e9:.3g} GB, cannot be mapped from a file in {folder}: {error}."
+        ) from error
+    finally:
+        path.unlink(missing_ok=True)
     return rows.view(shape)

@@ -72,7 +72,8 @@ def extract_features(
     crops_of = dict(zip(videos.video_id, videos.crops, strict=True))
     chunks = _chunks_to_do(store, list(crops_of), views)
     total = sum(len(store.units(video_id)) for video_id in crops_of) * len(views)
-    meet()  # no process writes before all have seen what is missing
+    # No process writes before all have seen what is missing; shared file systems may show it later to some.
+    agree({"missing": digest_bytes(repr([(of.video_id, of.start, *of.recipes) for of in chunks]).encode())})
 
     mine = share_of(chunks, state.process_index, state.num_processes)
     frames = sum(chunk.stop - chunk.start for chunk in mine)

@@ -26,7 +26,7 @@ from vnaw_pipeline.locations import Location, location
 from vnaw_pipeline.manifests import read_manifest
 from vnaw_pipeline.prediction.finish import finish_answers
 from vnaw_pipeline.prediction.stitch import stitch_predictions
-from vnaw_pipeline.processes import meet, process_state, sum_over_processes
+from vnaw_pipeline.processes import agree, meet, process_state, sum_over_processes
 from vnaw_pipeline.provenance import atomic_path, digest_bytes
 from vnaw_pipeline.runs import open_run
 from vnaw_pipeline.stages import StageReport, progress_bar
@@ -58,6 +58,7 @@ def predict_videos(
         CheckpointError: the run was trained on other features.
         StoreError: videos missing from the store; S3 fails for good.
         DataError: the manifest has no video in this split, or the run has learnt from one of them.
+        ProcessError: processes that differ in program, config, manifest, model or features.
     """
     started = time.monotonic()
     state = process_state()
@@ -72,6 +73,9 @@ def predict_videos(
     store = open_store(store_path)
     run.require_features(store)
     store.require(video_ids)
+    model_digest = digest_bytes(run.folder.best.read_bytes())
+    settings = {"split": split, "model": model_digest, "predict": config.model_dump(mode="json")}
+    agree({"manifest": digest_bytes(videos.to_csv().encode()), "features": store.fingerprint, **settings})
     without_any = np.asarray(run.header["without_any"], dtype=np.float32)
     lengths = store.lengths(video_ids)
     windows = run.config.windows
@@ -100,7 +104,7 @@ def predict_videos(
     raws, finals, valid = zip(*parts, strict=True)
     frames = _without_embeddings(video_ids, lengths, torch.cat(valid))
     if state.is_main_process:
-        made_by = made_by_of(digest_bytes(run.folder.best.read_bytes()), config)
+        made_by = made_by_of(model_digest, config)
         for path, answers in ((run.folder.raw_predictions(split), raws), (run.folder.predictions(split), finals)):
             write_predictions(path, np.concatenate(answers), frames, run.config.tasks, made_by)
     meet()

@@ -40,7 +40,8 @@ from vnaw_pipeline.training.images import (
     vary_images,
 )
 from vnaw_pipeline.training.loop import SCORE, Recipe, begin_run, fit, seed_of, split_step
-from vnaw_pipeline.windows.plan import balanced_weights
+from vnaw_pipeline.windows.batches import put
+from vnaw_pipeline.windows.plan import balanced_weights, draw_by_weight
 
 _SECTIONS = {"seed", "encoder", "pretrain"}
 """What this stage reads of the config; the rest may change between a run and its continuation."""
@@ -187,7 +188,7 @@ def _epoch_steps(learnt: LabelledFaces, config: PipelineConfig, epoch: int) -> I
     steps = drawn.tensor_split(-(-len(drawn) // settings.batch_faces))
     mine = (split_step(step, state.process_index, state.num_processes, accumulation=1)[0] for step in steps)
     for batch in read_ahead(learnt.read, mine):
-        yield [ImageBatch(*(part.to(state.device) for part in batch))]
+        yield [ImageBatch(*(put(part, state.device) for part in batch))]
 
 
 def _draw(labels: Tensor, sampling: str, generator: torch.Generator) -> Tensor:
@@ -195,7 +196,7 @@ def _draw(labels: Tensor, sampling: str, generator: torch.Generator) -> Tensor:
     if sampling == "uniform":
         return torch.randperm(len(labels), generator=generator)
     weights = balanced_weights(labels, len(EXPRESSIONS), 1.0 if sampling == "balanced" else 0.5)
-    return torch.multinomial(weights, len(labels), replacement=True, generator=generator)
+    return draw_by_weight(weights, len(labels), generator)
 
 
 def _objective(
@@ -237,7 +238,7 @@ def _evaluate(
     state = process_state()
     predicted = torch.zeros(len(scored), dtype=torch.int64, device=state.device)
     mine = torch.arange(len(scored))[state.process_index :: state.num_processes]
-    for chosen in torch.split(mine, settings.batch_faces):
+    for chosen in torch.split(mine, settings.batch_faces) if len(mine) else ():  # more processes than faces
         logits = model(preprocessing.normalise(scored.read(chosen).images.to(state.device)))
         predicted[chosen.to(state.device)] = logits.argmax(dim=1)
     if scored.unreadable:

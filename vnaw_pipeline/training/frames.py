@@ -40,7 +40,8 @@ from vnaw_pipeline.training.images import (
     vary_images,
 )
 from vnaw_pipeline.training.loop import SCORE, Recipe, begin_run, fit, seed_of, split_step
-from vnaw_pipeline.windows.plan import balanced_weights
+from vnaw_pipeline.windows.batches import put
+from vnaw_pipeline.windows.plan import balanced_weights, draw_by_weight
 
 _SECTIONS = {"task", "seed", "encoder", "finetune"}
 """What this stage reads of the config; the rest may change between a run and its continuation."""
@@ -252,12 +253,12 @@ def _epoch_steps(
     settings = config.finetune
     generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
     weights = balanced_weights(train.labels, num_classes)
-    drawn = torch.multinomial(weights, settings.frames_per_epoch, replacement=True, generator=generator)
+    drawn = draw_by_weight(weights, settings.frames_per_epoch, generator)
     steps = drawn.tensor_split(-(-len(drawn) // settings.batch_frames))
     mine = (split_step(step, state.process_index, state.num_processes, accumulation=1)[0] for step in steps)
     for batch in read_ahead(train.read, mine):
-        of_expression = ImageBatch(*(part.to(state.device) for part in batch.of_expression))
-        yield [FrameBatch(of_expression, batch.affect.to(state.device), batch.units.to(state.device))]
+        of_expression = ImageBatch(*(put(part, state.device) for part in batch.of_expression))
+        yield [FrameBatch(of_expression, put(batch.affect, state.device), put(batch.units, state.device))]
 
 
 def _extra_weights(settings: FinetuneConfig) -> dict[TaskName, float]:
@@ -308,7 +309,7 @@ def _evaluate(
     chosen = torch.linspace(0, len(validation) - 1, min(settings.validation_frames, len(validation))).round().long()
     predicted = torch.zeros(len(chosen), dtype=torch.int64, device=state.device)
     mine = torch.arange(len(chosen))[state.process_index :: state.num_processes]
-    for positions in torch.split(mine, settings.batch_frames):
+    for positions in torch.split(mine, settings.batch_frames) if len(mine) else ():  # more processes than frames
         batch = validation.read(chosen[positions])
         images = preprocessing.normalise(batch.of_expression.images.to(state.device))
         predicted[positions.to(state.device)] = model(images)[:, :num_classes].argmax(dim=1)

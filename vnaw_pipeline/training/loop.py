@@ -7,7 +7,7 @@ kill. What a batch is, what the loss is and how an epoch is scored are arguments
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -24,7 +25,7 @@ from vnaw_pipeline.checkpoints import load_tensors, save_tensors
 from vnaw_pipeline.config import PipelineConfig
 from vnaw_pipeline.errors import CheckpointError, ConfigError
 from vnaw_pipeline.processes import agree, keep_freed_memory, meet, process_state, sum_over_processes
-from vnaw_pipeline.provenance import differences
+from vnaw_pipeline.provenance import differences, flat
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import progress_bar
 
@@ -306,7 +307,11 @@ def _resume(
     if not path.exists():
         return _Progress(0, [], -math.inf)
     tensors, header = load_tensors(path)
-    if unlike := differences({key: header.get(key) for key in recipe.header}, recipe.header):
+    found = {key: header.get(key) for key in recipe.header}
+    with suppress(ValidationError, KeyError):  # what has come into the config since has its default
+        sections = set(recipe.header["config"])
+        found["config"] = PipelineConfig.model_validate(found["config"]).model_dump(mode="json", include=sections)
+    if unlike := differences(flat(found), flat(recipe.header)):
         raise CheckpointError(
             f"{path} belongs to another run: {'; '.join(unlike)[:500]}. Give a new run folder, or --overwrite."
         )

@@ -28,7 +28,8 @@ from vnaw_pipeline.manifests import read_manifest
 from vnaw_pipeline.metrics import score_predictions
 from vnaw_pipeline.prediction.predict import finish_probabilities
 from vnaw_pipeline.prediction.stitch import stitch_predictions
-from vnaw_pipeline.processes import process_state, sum_over_processes
+from vnaw_pipeline.processes import agree, process_state, sum_over_processes
+from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.stages import StageReport
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, TaskName, output_columns
 from vnaw_pipeline.temporal import TemporalModel
@@ -46,6 +47,7 @@ from vnaw_pipeline.windows.batches import WindowBatch, gather_view, gather_windo
 from vnaw_pipeline.windows.plan import (
     WindowPlan,
     balanced_weights,
+    draw_by_weight,
     labelled_share,
     plan_windows,
     window_labels,
@@ -87,6 +89,9 @@ def train_windows(
     videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
     splits = videos if fold is None else fold_split(videos, fold)
     store = open_store(store_path)
+    # Before the banks, which processes of another config would open in other ways and wait for each other.
+    settings = config.model_dump(mode="json", include={*_SECTIONS, "bank"})
+    agree({**settings, "manifest": digest_bytes(splits.to_csv().encode()), "features": store.fingerprint, "fold": fold})
     views = [*config.windows.views, *([MIRROR] if config.loss.consistency else [])]
     train, validation = (
         # With their official splits still, by which the labels of a task are found.
@@ -284,7 +289,7 @@ class Drawing:
         config, windows = self.config, self.config.windows
         generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
         if self.weights is not None:
-            drawn = torch.multinomial(self.weights, self.per_epoch, replacement=True, generator=generator)
+            drawn = draw_by_weight(self.weights, self.per_epoch, generator)
         else:
             repeats = -(-self.per_epoch // len(self.plan))
             orders = [torch.randperm(len(self.plan), generator=generator) for _ in range(repeats)]

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from vnaw_pipeline.tasks import IGNORE_LABEL
 
+_MOST_WEIGHTS = 2**24
+"""That torch.multinomial takes."""
+
 
 @dataclass(frozen=True)
 class WindowPlan:
@@ -83,3 +86,12 @@ def balanced_weights(labels: Tensor, num_classes: int, power: float = 1.0) -> Te
     """
     counts = torch.bincount(labels[labels != IGNORE_LABEL], minlength=num_classes).double()
     return torch.where(labels == IGNORE_LABEL, 0.0, counts.clamp(min=1)[labels.clamp(min=0)] ** -power)
+
+
+def draw_by_weight(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Places (count,) among the weights, float64 (M,), with replacement, each as often as it weighs."""
+    if len(weights) <= _MOST_WEIGHTS:
+        return torch.multinomial(weights, count, replacement=True, generator=generator)
+    bounds = weights.cumsum(0)
+    drawn = torch.rand(count, dtype=torch.float64, generator=generator) * bounds[-1]
+    return torch.searchsorted(bounds, drawn, right=True).clamp(max=len(weights) - 1)
