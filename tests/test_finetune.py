@@ -59,7 +59,7 @@ def test_finetuning_goes_on_without_a_video_that_has_no_crops_and_refuses_other_
     report = finetune_encoder(rows, drawn.annotations, drawn.crops, tmp_path / "ft", tiny_config)
     assert [failure.video_id for failure in report.failures] == [rows.video_id[0]]
     assert len(losses(tmp_path / "ft")) == 2
-    with pytest.raises(CheckpointError, match="labels.train: found"):
+    with pytest.raises(CheckpointError, match=r"labels\.train: found"):
         finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, tmp_path / "ft", tiny_config)
 
 
