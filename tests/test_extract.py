@@ -17,7 +17,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from vnaw_pipeline.checkpoints import save_tensors
+from vnaw_pipeline.checkpoints import load_tensors, read_header, save_tensors
 from vnaw_pipeline.config import EncoderConfig, PipelineConfig, dump_config
 from vnaw_pipeline.crops.source import decode_crop
 from vnaw_pipeline.errors import CheckpointError, ConfigError, StoreError
@@ -329,6 +329,18 @@ def test_weights_record_how_they_were_pooled(tmp_path: Path) -> None:
     assert (token.pool, token.head) == ("token", None)
     with pytest.raises(ConfigError, match=r"pool 'token' do not fit"):
         load_encoder(EncoderConfig(weights="untrained", pool="token"))
+
+
+def test_the_same_tensors_are_the_same_bytes(tmp_path: Path) -> None:
+    """A model is known by the digest of its file."""
+    written = set()
+    for name in map(str, range(20)):
+        save_tensors(
+            tmp_path / f"{name}.safetensors", {"a": torch.arange(3.0), "b": torch.ones(2)}, {"kind": "encoder"}
+        )
+        written.add((tmp_path / f"{name}.safetensors").read_bytes())
+    assert len(written) == 1
+    assert load_tensors(tmp_path / "0.safetensors")[1] == read_header(tmp_path / "0.safetensors") == {"kind": "encoder"}
 
 
 def test_damaged_weights_are_named_with_both_digests(tiny_config: PipelineConfig, tmp_path: Path) -> None:

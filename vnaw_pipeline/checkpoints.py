@@ -22,7 +22,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     """Write tensors and what describes them as one file: the old one or the new one is there, never a part. The
     digest of the tensors is in it, and is checked when they are read."""
     kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    metadata = {_HEADER: json.dumps(header), _DIGEST: _digest(kept)}
+    # In one entry: of several, safetensors writes now this one first and now that one, and equal files must be equal.
+    metadata = {_HEADER: json.dumps({**header, _DIGEST: _digest(kept)})}
     with atomic_path(path) as partial:
         try:
             save_file(kept, partial, metadata)
@@ -42,12 +43,13 @@ def load_tensors(path: Path, allow_pickle: bool = False) -> tuple[dict[str, Tens
         with _opened(path) as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a dict
-        wanted = metadata.get(_DIGEST)
+        header = json.loads(metadata.get(_HEADER, "{}"))
+        wanted = header.pop(_DIGEST, metadata.get(_DIGEST))  # its own entry in files of earlier versions
         if wanted is not None and (found := _digest(tensors)) != wanted:
             raise CheckpointError(
                 f"{path} is damaged: its digest is {found[:12]}, and it was written with {wanted[:12]}. Get it again."
             )
-        return tensors, json.loads(metadata.get(_HEADER, "{}"))
+        return tensors, header
     if not allow_pickle:
         raise CheckpointError(
             f"{path} is not a .safetensors file. A pickle can run code when it is read; if you trust where it comes "
@@ -70,6 +72,7 @@ def read_header(path: Path) -> dict[str, Any]:
         return {}
     with _opened(path) as file:
         header: dict[str, Any] = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+    header.pop(_DIGEST, None)
     return header
 
 
