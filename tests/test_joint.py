@@ -6,6 +6,7 @@ The store is written by hand: embeddings from which all labels follow, so that n
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -26,9 +27,10 @@ from vnaw_pipeline.losses.units import balanced_class_weights
 from vnaw_pipeline.manifests import build_manifest, read_labels, write_manifest
 from vnaw_pipeline.runs import open_run
 from vnaw_pipeline.tasks import SPLIT_DIRS, TASKS, TaskName
+from vnaw_pipeline.training import windows as training
 from vnaw_pipeline.training.frames import finetune_encoder
 from vnaw_pipeline.training.labels import LabelledBank
-from vnaw_pipeline.training.windows import Drawing, gather_draw, train_windows, training_plan
+from vnaw_pipeline.training.windows import Drawing, WindowDraw, gather_draw, train_windows, training_plan
 
 EXPR, VA, AU = TASKS["expr8"], TASKS["va"], TASKS["au"]
 ALL = (EXPR, VA, AU)
@@ -250,6 +252,38 @@ def test_windows_that_only_a_further_task_labels_are_drawn_in_their_share() -> N
     without = LabelledBank(bank, {"expr8": torch.full((161,), -1), "va": affect})
     with pytest.raises(DataError, match=r"label of task 'expr8', by which windows are drawn. Set train.sampling"):
         Drawing(without, training_plan(without, config), config)
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (3, 1), (2, 5), (7, 2)])
+def test_processes_together_draw_what_one_draws(
+    processes: int, accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of 700 windows, which is augmented in three blocks, in parts that do not begin where blocks do."""
+    bank = FeatureBank(["x"], torch.zeros(161, 3).half(), torch.ones(161).bool(), torch.tensor([0, 160]))
+    train = LabelledBank(bank, {"expr8": torch.arange(161) % 8})
+    windows = {"train_stride": 1, "views": ["plain", "mirror"]}
+
+    def parts(index: int, of: int, accumulation: int) -> list[WindowDraw]:
+        config = config_of(
+            "expr8",
+            {},
+            windows=windows,
+            train={"windows_per_epoch": 700, "batch_windows": 700, "accumulation": accumulation},
+        )
+        monkeypatch.setattr(training, "process_state", lambda: SimpleNamespace(process_index=index, num_processes=of))
+        (draws,) = Drawing(train, training_plan(train, config), config).steps(epoch=3)
+        return draws
+
+    (whole,) = parts(0, 1, 1)
+    shares = [parts(index, processes, accumulation) for index in range(processes)]
+    in_order = [draw for share in shares for draw in share]
+    assert [view for draw in in_order for view in draw.view] == whole.view
+    for name in ("rows", "video", "keep"):
+        torch.testing.assert_close(torch.cat([getattr(draw, name) for draw in in_order]), getattr(whole, name))
+    for found, wanted in zip(zip(*(draw.words for draw in in_order), strict=True), whole.words, strict=True):
+        torch.testing.assert_close(torch.cat(found), wanted)
+    assert len(torch.unique(whole.words.channels)) > 2000, "no block repeats another one's draws"
+    assert len(set(whole.view)) == 2
 
 
 # The loss

@@ -192,7 +192,8 @@ def seed_of(*numbers: int) -> int:
 
 
 def split_step(units: Tensor, process_index: int, num_processes: int, accumulation: int) -> list[Tensor]:
-    """One process's share of a step's units (B,), in `accumulation` parts that differ by at most one unit.
+    """One process's share of a step's units (B,), which stand together, in `accumulation` parts that differ by at most
+    one unit.
 
     Raises:
         ConfigError: fewer units than parts.
@@ -203,7 +204,7 @@ def split_step(units: Tensor, process_index: int, num_processes: int, accumulati
             f"A step of {len(units)} cannot be split over {num_processes} processes x {accumulation} passes; "
             "raise the batch size or lower train.accumulation."
         )
-    return list(units.tensor_split(parts)[process_index::num_processes])
+    return list(units.tensor_split(parts)[process_index * accumulation : (process_index + 1) * accumulation])
 
 
 def _open_accelerator(optimisation: Optimisation, project_dir: Path) -> Accelerator:

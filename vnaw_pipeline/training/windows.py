@@ -3,9 +3,10 @@
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -251,6 +252,12 @@ class WindowDraw(NamedTuple):
     step_units: dict[TaskName, int]
 
 
+_Augmentation = tuple[Tensor, list[int], MaskWords]
+"""Channels that stay, view and mask words of some windows, as in `WindowDraw`."""
+_BLOCK_WINDOWS = 256
+"""So many windows of a step are augmented by draws of one seed."""
+
+
 class Drawing:
     """Draws the windows of an epoch's steps. What it needs of the bank's rows, it copies to the host once."""
 
@@ -284,7 +291,8 @@ class Drawing:
         return torch.where(of_windows == IGNORE_LABEL, weights[of_windows != IGNORE_LABEL].mean(), weights)
 
     def steps(self, epoch: int) -> Iterator[list[WindowDraw]]:
-        """This process's parts of an epoch's steps. Every process draws all windows alike and takes its share."""
+        """This process's parts of an epoch's steps. Every process draws all windows and their frames alike, since the
+        step's units are counted in them, and of what follows the blocks that its share touches."""
         state = process_state()
         config, windows = self.config, self.config.windows
         generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
@@ -295,19 +303,35 @@ class Drawing:
             orders = [torch.randperm(len(self.plan), generator=generator) for _ in range(repeats)]
             drawn = torch.cat(orders)[: self.per_epoch]
         for step, of_step in enumerate(drawn.tensor_split(self.steps_per_epoch)):
-            augmentation = torch.Generator().manual_seed(seed_of(config.seed, epoch, step))
+            seeds = (config.seed, epoch, step)
+            augmentation = torch.Generator().manual_seed(seed_of(*seeds))
             plan, count = self.plan.select(of_step), len(of_step)
             rows = skip_frames(plan, self.first, self.any_label, windows.window_frames, windows.skip, augmentation)
-            keep = channel_mask(count, self.embedding_dim, windows.erase_share, augmentation)
-            words = draw_mask_words(count, windows.window_frames, self.embedding_dim, augmentation)
-            view = torch.randint(len(windows.views), (count,), generator=augmentation)
+            block = cache(partial(self._block, count, augmentation, seeds))
             units = {each.name: count_units(each, self.row_labels[each.name][rows], config) for each in config.tasks}
             yield [
-                WindowDraw(rows[part], plan.video[part], keep[part], view[part].tolist(), words.select(part), units)
+                WindowDraw(rows[part], plan.video[part], *self._augmentation(part, block), units)
                 for part in split_step(
                     torch.arange(count), state.process_index, state.num_processes, config.train.accumulation
                 )
             ]
+
+    def _augmentation(self, part: Tensor, block: Callable[[int], _Augmentation]) -> _Augmentation:
+        """That of windows in a row, by their places (B,) in the step."""
+        low, high = int(part[0]) // _BLOCK_WINDOWS, int(part[-1]) // _BLOCK_WINDOWS
+        keep, view, words = zip(*map(block, range(low, high + 1)), strict=True)
+        inside = part - low * _BLOCK_WINDOWS
+        views = list(chain(*view))[int(inside[0]) : int(inside[-1]) + 1]
+        of_blocks = MaskWords(*(torch.cat(of) for of in zip(*words, strict=True)))
+        return torch.cat(keep)[inside], views, of_blocks.select(inside)
+
+    def _block(self, count: int, of_first: torch.Generator, seeds: tuple[int, int, int], number: int) -> _Augmentation:
+        """That of a block of a step's `count` windows; the first goes on in the generator of the frames."""
+        windows, size = self.config.windows, min(_BLOCK_WINDOWS, count - number * _BLOCK_WINDOWS)
+        generator = torch.Generator().manual_seed(seed_of(*seeds, number)) if number else of_first
+        keep = channel_mask(size, self.embedding_dim, windows.erase_share, generator)
+        words = draw_mask_words(size, windows.window_frames, self.embedding_dim, generator)
+        return keep, torch.randint(len(windows.views), (size,), generator=generator).tolist(), words
 
 
 def gather_draw(train: LabelledBank, draw: WindowDraw, config: PipelineConfig) -> WindowBatch:
