@@ -37,8 +37,9 @@ def test_its_stages_can_be_frozen_and_its_arguments_are_checked() -> None:
     names = {name for name, weight in model.named_parameters() if id(weight) in trained}
     assert names
     assert not [name for name in names if name.startswith("patch_embed")]
-    with pytest.raises(ConfigError, match=re.escape("do not fit swin_hybrid")):
-        build_encoder(CONFIG.model_copy(update={"model_args": {"stem": "no_model"}}), 8)
+    for wrong in ({"stem": "no_model"}, {"patch_size": 4}):
+        with pytest.raises(ConfigError, match=re.escape("do not fit swin_hybrid")):
+            build_encoder(CONFIG.model_copy(update={"model_args": wrong}), 8)
     with pytest.raises(ConfigError, match="could not be downloaded"):
         build_encoder(CONFIG.model_copy(update={"weights": "pretrained"}), 8)
     with pytest.raises(RuntimeError, match="no weights on a hub"):

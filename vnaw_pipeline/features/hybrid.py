@@ -15,6 +15,7 @@ from torch import nn
 
 _STEM_STAGE = 2
 """The last stage of the stem, counted as timm counts features: it has an eighth of the image's side."""
+_TOKEN_PX = 8
 
 
 @register_model
@@ -24,13 +25,14 @@ def swin_hybrid(pretrained: bool = False, stem: str = "tf_efficientnet_lite0", *
     Args:
         pretrained: must be False, there are no such weights to download.
         stem: timm model whose first three stages are used, without gradient.
-        swin_args: further arguments of timm's model, such as img_size, embed_dim or depths.
+        swin_args: further arguments of timm's model, such as img_size, embed_dim or depths; not patch_size.
     """
     if pretrained:
         raise RuntimeError("swin_hybrid has no weights on a hub")
     backbone = timm.create_model(stem, features_only=True, feature_cls="getter", out_indices=(_STEM_STAGE,))
     backbone.requires_grad_(False)
-    return timm.create_model("swin_tiny_patch4_window7_224", embed_layer=partial(_embed, backbone), **swin_args)
+    embed = partial(_embed, backbone)
+    return timm.create_model("swin_tiny_patch4_window7_224", patch_size=_TOKEN_PX, embed_layer=embed, **swin_args)
 
 
 def _embed(backbone: nn.Module, *, norm_layer: Any, patch_size: Any, **arguments: Any) -> nn.Module:
