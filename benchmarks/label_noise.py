@@ -164,7 +164,7 @@ def config_of(name: str, trusted: FaceSet, imagenet: Path, epochs: int, seed: in
             "encoder": {
                 "name": "tf_efficientnet_lite0",
                 "weights": imagenet,
-                "model_args": {"drop_rate": 0.2},
+                "model_args": {"drop_rate": 0.2, "bn_momentum": 0.1},
                 "input_px": 48,
                 "grey": True,
             },
@@ -174,8 +174,8 @@ def config_of(name: str, trusted: FaceSet, imagenet: Path, epochs: int, seed: in
                 "sampling": "uniform",
                 "epochs": epochs,
                 "batch_faces": 64,
-                "learning_rate": 1e-3,
-                "ema_decay": 0.99,
+                "learning_rate": 2e-3,
+                "ema_decay": 0.98,
             },
         }
     )
@@ -198,7 +198,8 @@ def one_run(
     given = replace(train, single=SETTINGS[setting](train, seed))
     run = RunFolder(work_dir / re.sub(r"[^a-z0-9]+", "_", f"run {setting} {name} {seed}".lower()))
     observe = partial(mean_weights, given, config)
-    pretrain_encoder(given, part_of(given, np.arange(64)), run.path, config, observe=observe)
+    few = part_of(given, np.arange(64))
+    pretrain_encoder(given, few, run.path, config, observe=observe if name == BASELINES[1] else None)
     encoder = load_encoder(config.encoder.model_copy(update={"weights": last_average(run)}))
     labels = scored.majority()
     chosen = np.flatnonzero(labels != IGNORE_LABEL)
@@ -212,7 +213,7 @@ def one_run(
     shutil.rmtree(run.path)
     return figures | {
         "wrong_labels": float((given.single != given.majority()).mean()),
-        "weights": [{key: row[key] for key in ("right", "wrong", *AGREEMENT)} for row in history],
+        "weights": [{key: row[key] for key in ("right", "wrong", *AGREEMENT)} for row in history if "right" in row],
     }
 
 

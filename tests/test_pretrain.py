@@ -1,6 +1,7 @@
 """Pre-training on static faces: it learns, goes on, hears every config value, and its weights serve every consumer."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -104,6 +105,16 @@ def test_a_hybrid_learns_but_for_its_stem(faces_file: Path, face_config: Pipelin
     changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
     assert not [key for key in changed if key.startswith("patch_embed.backbone")], "weights and running statistics"
     assert {"patch_embed.proj.weight", "head.fc.weight"} <= changed
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "mobilenetv4_conv_small_050", "vit_tiny_patch16_224"])
+def test_a_new_head_does_not_begin_sure_of_itself(name: str) -> None:
+    args = {"img_size": 64} if name.startswith("vit") else {}
+    model, _, _ = build_encoder(EncoderConfig(name=name, weights="untrained", model_args=args), 8)
+    with torch.no_grad():
+        logits = model.train()(torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    loss = torch.nn.functional.cross_entropy(logits, torch.arange(16) % 8)
+    assert loss == pytest.approx(math.log(8), abs=0.3), "of the two convolutional models timm's own head has 6 to 7"
 
 
 @pytest.mark.parametrize("values", [{}, {"loss": {"objective": "elr"}}], ids=["average", "memory"])

@@ -144,6 +144,7 @@ def create_model(config: EncoderConfig, num_classes: int, seed: int = 0) -> nn.M
             if pool is not None:
                 # Not timm's `global_pool` argument: it may move the last norm, which the weights were not trained for.
                 model.reset_classifier(num_classes, pool)  # type: ignore[operator]
+            _start_small(model)
         except Exception as error:
             if not pretrained or isinstance(error, TypeError | IndexError | AssertionError):
                 fault = f"{type(error).__name__}: {error}"
@@ -155,6 +156,16 @@ def create_model(config: EncoderConfig, num_classes: int, seed: int = 0) -> nn.M
                 "a network, set encoder.weights to a .safetensors file, or to 'untrained' to try the pipeline."
             ) from error
     return model
+
+
+def _start_small(model: nn.Module) -> None:
+    """Give a new head small weights. timm draws those of some convolutional models by the number of outputs: with
+    eight, the first answers are far too sure (a loss of 5 instead of 2), and unlearning them spoils the encoder."""
+    head = model.get_classifier()  # type: ignore[operator]
+    if isinstance(head, nn.Linear):
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
 
 
 def build_encoder(
