@@ -44,7 +44,7 @@ STAGES = (
     Stage(
         "lite0_small",
         "fer_lite0",
-        ["encoder.input_px=64", "pretrain.epochs=16", "pretrain.learning_rate=1e-3", "seed=0"],
+        ["encoder.input_px=64", "pretrain.epochs=12", "pretrain.learning_rate=1e-3", "seed=0"],
         start="imagenet_lite0.safetensors",
         ships=False,
     ),

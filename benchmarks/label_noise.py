@@ -167,7 +167,7 @@ def config_of(name: str, trusted: FaceSet, imagenet: Path, epochs: int, seed: in
             "encoder": {
                 "name": "tf_efficientnet_lite0",
                 "weights": imagenet,
-                "model_args": {"drop_rate": 0.2, "bn_momentum": 0.1},
+                "model_args": {"drop_rate": 0.2},
                 "input_px": 48,
                 "grey": True,
             },
@@ -241,7 +241,7 @@ def figures_of(probabilities: npt.NDArray[np.float32], labels: Labels, agreed: n
 def last_average(run: RunFolder) -> Path:
     """The moving average of the last epoch as a weights file: the best epoch would be chosen by majority labels."""
     tensors, header = load_tensors(run.last)
-    prefix = "average.module."
+    prefix = "average."
     path = run.path / "average.safetensors"
     kept = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     save_tensors(path, kept, header)

@@ -116,7 +116,7 @@ def test_heads_beside_the_expression_are_learnt_and_left_out_of_the_encoder(
     assert encoder.head is not None
     assert torch.equal(encoder.head.weight, tensors["head.fc.weight"][:8])
     averaged, _ = load_tensors(tmp_path / "ft" / "checkpoint" / "last.safetensors")
-    assert not torch.equal(averaged["average.module.head.fc.bias"], averaged["model.head.fc.bias"])
+    assert not torch.equal(averaged["average.head.fc.bias"], averaged["model.head.fc.bias"])
 
 
 def test_labels_of_other_tasks_belong_to_their_frames(drawn: DrawnData, tiny_config: PipelineConfig) -> None:

@@ -22,6 +22,7 @@ from vnaw_pipeline.config import PipelineConfig, PredictConfig, SmoothConfig, du
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError, StoreError
 from vnaw_pipeline.features.extract import extract_features
 from vnaw_pipeline.features.store import create_store, open_store
+from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.manifests import build_manifest
 from vnaw_pipeline.prediction.evaluate import evaluate_predictions
 from vnaw_pipeline.prediction.predict import predict_videos
@@ -482,7 +483,7 @@ def test_a_fold_is_predicted_and_scored_with_its_own_splits(
     train_windows(folded, drawn.annotations, drawn_store, tmp_path / "a", tiny_config, fold=1)
     predict_videos(folded, drawn_store, tmp_path / "a", "validation")
     run = open_run(tmp_path / "a")
-    rows = run.split_videos(folded)
+    rows = fold_split(folded, run.header["fold"])
     predictions = pd.read_parquet(run.folder.predictions("validation"))
     assert set(predictions.video_id) == set(folded.video_id[folded.fold.str.split().map(lambda of: "1" in of)])
     scores = evaluate_predictions(rows, drawn.annotations, run.folder.predictions("validation"))

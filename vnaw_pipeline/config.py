@@ -4,7 +4,7 @@
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -189,6 +189,15 @@ class PretrainConfig(_Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Accelerate's mixed precision."""
 
+    @model_validator(mode="after")
+    def _weighs_classes_once(self) -> Self:
+        if self.sampling == "balanced" and self.loss.weighting in ("class", "complement"):
+            raise ValueError(
+                f"loss.weighting {self.loss.weighting!r} and sampling 'balanced' would both make up for the sizes of "
+                "the classes; set sampling to 'uniform', or weighting to 'none' or 'naw'"
+            )
+        return self
+
 
 class FinetuneConfig(_Section):
     """Fine-tuning the encoder on labelled frames, before extraction."""
@@ -222,6 +231,15 @@ class FinetuneConfig(_Section):
     """Evenly spaced labelled validation frames that score each epoch."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Accelerate's mixed precision."""
+
+    @model_validator(mode="after")
+    def _weighs_classes_once(self) -> Self:
+        if self.loss.weighting in ("class", "complement"):
+            raise ValueError(
+                f"loss.weighting {self.loss.weighting!r} would make up for the sizes of the classes once more: the "
+                "frames are drawn class by class already; set it to 'none' or 'naw'"
+            )
+        return self
 
 
 class SkipConfig(_Section):
@@ -528,9 +546,12 @@ def _describe(issue: Any, where: str) -> str:
 
 
 def _known_keys(location: tuple[str | int, ...]) -> str:
-    section: type[BaseModel] = PipelineConfig
+    section: Any = PipelineConfig
     for part in location[:-1]:
-        section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
+        if part in section.model_fields:
+            section = section.model_fields[part].annotation
+        if get_origin(section) is dict:  # a section for each task
+            section = get_args(section)[1]
     return f"Known here: {', '.join(section.model_fields)}."
 
 

@@ -51,7 +51,7 @@ def cross_validate(
     Raises:
         DataError: a manifest without folds; else as the stages.
     """
-    videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
+    videos = read_manifest(manifest)
     return run_experiment("crossval", fold_variants(videos, config), videos, annotations_dir, store_path, out)
 
 
@@ -68,7 +68,7 @@ def ablate(
     Raises:
         ConfigError: a config without NAW or without augmentation, a seed given twice; else as the stages.
     """
-    videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
+    videos = read_manifest(manifest)
     return run_experiment("ablate", ablation_variants(config, seeds), videos, annotations_dir, store_path, out)
 
 
@@ -85,7 +85,7 @@ def cascade(
     if [task.name for task in config.tasks] != ["expr8"]:
         found = ", ".join(task.name for task in config.tasks)
         raise ConfigError(f"A cascade answers task expr8 alone; the config has {found}. Set task=expr8.")
-    videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
+    videos = read_manifest(manifest)
     members: tuple[TaskName, ...] = ("coarse5", "negative4")
     variants = [Variant(name, name, config.model_copy(update={"task": name})) for name in members]
     report, scores = run_variants("cascade", variants, videos, annotations_dir, store_path, out)
@@ -259,7 +259,7 @@ def _seen_by_encoder(variants: Sequence[Variant], videos: pd.DataFrame, store_pa
     """A note for each split whose validation recordings the store's encoder has learnt from."""
     store = open_store(store_path)
     names = {of.fold: "official split" if of.fold is None else f"fold {of.fold}" for of in variants}
-    splits = {fold: videos if fold is None else fold_split(videos, fold) for fold in names}
+    splits = {fold: fold_split(videos, fold) for fold in names}
     return [f"{names[fold]}: {note}" for fold in names for note in seen_by_encoder(splits[fold], store)]
 
 

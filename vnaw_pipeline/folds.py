@@ -41,12 +41,14 @@ def assign_folds(source_videos: Sequence[str], class_frames: npt.NDArray[np.int6
     return [" ".join(str(fold) for fold in range(folds) if part in validation_parts[fold]) for part in part_of_video]
 
 
-def fold_split(manifest: pd.DataFrame, fold: int) -> pd.DataFrame:
-    """The manifest with train and validation as one fold has them; test rows as they are.
+def fold_split(manifest: pd.DataFrame, fold: int | None) -> pd.DataFrame:
+    """The manifest with train and validation as one fold has them, test rows as they are; None: the official split.
 
     Raises:
         DataError: the manifest has no such fold.
     """
+    if fold is None:
+        return manifest
     is_validation = manifest["fold"].map(lambda folds: str(fold) in folds.split())
     if not is_validation.any():
         known = sorted({int(number) for folds in manifest["fold"] for number in folds.split()})

@@ -129,16 +129,19 @@ def write_manifest(manifest: pd.DataFrame, path: Path) -> None:
     write_text(path, buffer.getvalue())
 
 
-def read_manifest(path: Path) -> pd.DataFrame:
-    """Read and validate a manifest; `num_frames` is int64, every other column text, missing as ''.
+def read_manifest(manifest: Path | pd.DataFrame) -> pd.DataFrame:
+    """Read and validate a manifest; one that is open already is given back. `num_frames` is int64, every other column
+    text, missing as ''.
 
     Raises:
         DataError: every problem in it at once, one a line, as `path:line: problem`.
     """
-    manifest, problems = scan_manifest(path)
+    if isinstance(manifest, pd.DataFrame):
+        return manifest
+    videos, problems = scan_manifest(manifest)
     if problems:
-        raise DataError(listing([located(path, problem) for problem in problems]))
-    return manifest.reset_index(drop=True)
+        raise DataError(listing([located(manifest, problem) for problem in problems]))
+    return videos.reset_index(drop=True)
 
 
 def scan_manifest(path: Path) -> tuple[pd.DataFrame, list[LineProblem]]:

@@ -14,7 +14,6 @@ from vnaw_pipeline.checkpoints import load_tensors
 from vnaw_pipeline.config import PipelineConfig, dump_config, load_config
 from vnaw_pipeline.errors import CheckpointError, DataError
 from vnaw_pipeline.features.store import FeatureStore, what_to_set
-from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.locations import Location, location
 from vnaw_pipeline.provenance import differences, environment, flat, utc_now, write_json, write_text
 from vnaw_pipeline.tasks import TASKS, Task
@@ -117,11 +116,6 @@ class Run:
     config: PipelineConfig
     model: nn.Module
     header: dict[str, Any]
-
-    def split_videos(self, videos: pd.DataFrame) -> pd.DataFrame:
-        """The manifest with the splits that this run was trained with: those of its fold, if it had one."""
-        fold = self.header["fold"]
-        return videos if fold is None else fold_split(videos, fold)
 
     def require_unseen(self, videos: pd.DataFrame, split: str) -> None:
         """Raise DataError if a split other than 'train' has videos that this run has learnt from: a score on them would

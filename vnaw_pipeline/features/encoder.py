@@ -15,7 +15,7 @@ import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from timm.models import group_parameters
-from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +28,7 @@ from vnaw_pipeline.provenance import differences, digest_bytes
 
 _LOG = logging.getLogger(__name__)
 WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
+_LUMA = (0.299, 0.587, 0.114)
 _CV2_INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 
 
@@ -71,15 +72,20 @@ class Preprocessing:
         return cv2.resize(rgb, (side, side), interpolation=method).astype(np.uint8, copy=False)
 
     def from_normalised(self, images: Tensor, given: "Preprocessing") -> Tensor:
-        """Images normalised for another encoder, (B, 3, S, S), brought to this one's statistics and side."""
+        """Images normalised for another encoder, (B, 3, S, S), brought to this one's statistics, colours, detail and
+        side."""
         mean, std, own_mean, own_std = (
             torch.tensor(values, device=images.device).view(3, 1, 1)
             for values in (given.mean, given.std, self.mean, self.std)
         )
-        images = (images * std + mean - own_mean) / own_std
-        if given.input_px == self.input_px:
-            return images
-        return F.interpolate(images, size=self.input_px, mode="bilinear", antialias=True, align_corners=False)
+        images = images * std + mean
+        if self.grey and not given.grey:
+            luma = torch.tensor(_LUMA, device=images.device).view(3, 1, 1)
+            images = (images * luma).sum(dim=1, keepdim=True).expand_as(images)
+        images = (images - own_mean) / own_std
+        if self.detail_px is not None and self.detail_px < min(given.detail_px or given.input_px, given.input_px):
+            images = _resized(images, self.detail_px)
+        return _resized(images, self.input_px)
 
     def recorded(self) -> dict[str, Any]:
         """As plain values, for a weights file's header and a store's fingerprint."""
@@ -91,6 +97,12 @@ class Preprocessing:
         mean = torch.tensor(self.mean, device=frames.device) * 255
         std = torch.tensor(self.std, device=frames.device) * 255
         return ((frames.float() - mean) / std).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def _resized(images: Tensor, side: int) -> Tensor:
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, size=side, mode="bilinear", antialias=True, align_corners=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +214,16 @@ def build_encoder(
     return model, preprocessing, head
 
 
+def take_over_outputs(model: nn.Module, left_out: Mapping[str, Tensor], num_outputs: int) -> None:
+    """Begin the first `num_outputs` outputs of a model's head as a head that `build_encoder` left out has them."""
+    head = model.get_classifier()  # type: ignore[operator]
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            given = next((value for key, value in left_out.items() if key.endswith(f".{name}")), None)
+            if given is not None and given.shape[1:] == parameter.shape[1:]:
+                parameter[:num_outputs] = given[:num_outputs]
+
+
 def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = False) -> Encoder:
     """Build the encoder and load its weights; the model is without its head, in eval mode, without gradients.
 
@@ -217,10 +239,10 @@ def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = Fals
     embedding = _try_forward(model, preprocessing.input_px, config)
     state = model.state_dict()
     parts = [part for name in sorted(state) for part in (name.encode(), _bytes_of(state[name]))]
-    recorded = weights_header(config.weights) if isinstance(config.weights, Path) else {}
+    recorded = recorded_of(config)
     outputs = tuple(recorded.get("outputs", ()))
     pool = resolve_pool(config)
-    fits_head = pool == _recorded_pool(config)
+    fits_head = pool == recorded.get("pool")
     return Encoder(
         name=config.name,
         model_args=config.model_args,
@@ -260,12 +282,13 @@ def encoder_of_weights(weights: str | Path) -> EncoderConfig:
 
 def resolve_pool(config: EncoderConfig) -> str | None:
     """How the model of `config` pools: as it says, else as its weights file records it, else None, the model's own."""
-    return config.pool or _recorded_pool(config)
+    recorded: str | None = recorded_of(config).get("pool")
+    return config.pool or recorded
 
 
-def _recorded_pool(config: EncoderConfig) -> str | None:
-    recorded: str | None = weights_header(config.weights).get("pool") if isinstance(config.weights, Path) else None
-    return recorded
+def recorded_of(config: EncoderConfig) -> dict[str, Any]:
+    """What the weights file of `config` records of itself; empty for a foreign one, or where there is none."""
+    return weights_header(config.weights) if isinstance(config.weights, Path) else {}
 
 
 def weights_header(path: Path) -> dict[str, Any]:
@@ -346,14 +369,16 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The model's parameters for its optimiser; each group's `lr_scale` is its factor of the learning rate.
 
-    The first `frozen_stages` stages, as timm groups the model's parameters, lose their gradient and are in no group.
-    With a `layer_decay` below 1 biases and norms have no weight decay, as is usual with it.
+    Biases, norms and what timm's model names for it (a Swin's position biases) have no weight decay. The first
+    `frozen_stages` stages, as timm groups the model's parameters, lose their gradient and are in no group.
 
     Raises:
         ConfigError: more frozen stages than the model has, or a model whose parameters timm cannot group.
     """
+    exempt: Any = getattr(model, "no_weight_decay", set)()
     if frozen_stages == 0 and layer_decay == 1:
-        return [{"params": list(model.parameters()), "weight_decay": weight_decay, "lr_scale": 1.0}]
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
+        return [{**group, "lr_scale": 1.0} for group in groups]
     if not hasattr(model, "group_matcher"):
         raise ConfigError("timm knows no layers of this encoder; layer_decay must be 1 and frozen_stages 0.")
     grouping: Any = model
@@ -363,5 +388,5 @@ def parameter_groups(
         raise ConfigError(f"finetune.frozen_stages {frozen_stages} leaves nothing to train of {len(names)} stages.")
     for name in (name for stage in names[:frozen_stages] for name in stage):
         model.get_parameter(name).requires_grad_(False)
-    groups = param_groups_layer_decay(model, weight_decay=weight_decay, layer_decay=layer_decay)
+    groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
     return [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in groups]

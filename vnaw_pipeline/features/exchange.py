@@ -47,7 +47,7 @@ def import_features(manifest: Path | pd.DataFrame, features_dir: Path, store_pat
         StoreError: the store holds other features.
     """
     started = time.monotonic()
-    videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
+    videos = read_manifest(manifest)
     num_frames = dict(zip(videos.video_id, videos.num_frames.tolist(), strict=True))
     layout = find_layout(features_dir)
     foreign = _open_videos(features_dir, layout, num_frames)
@@ -102,8 +102,7 @@ def export_features(
     """
     started = time.monotonic()
     store = open_store(store_path)
-    videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
-    video_ids = store.video_ids() if videos is None else list(videos.video_id)
+    video_ids = store.video_ids() if manifest is None else list(read_manifest(manifest).video_id)
     store.require(video_ids)
     _begin_export(store, out_dir, layout)
     to_write = [video_id for video_id in video_ids if not path_of(out_dir, layout, video_id).exists()]

@@ -49,7 +49,7 @@ def extract_features(
     """
     started = time.monotonic()
     state = process_state()
-    videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
+    videos = read_manifest(manifest)
     encoder = load_encoder(config.encoder, config.seed, allow_pickle)
     arithmetic = resolve_arithmetic(config.extract.backend, config.extract.precision, state.device)
     fingerprint = {

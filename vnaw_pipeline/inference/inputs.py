@@ -4,7 +4,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 
@@ -68,7 +68,9 @@ def read_image(path: Path) -> Rgb:
         raise DataError(f"No such image: {path}.") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-    bgr = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
+    bgr = None
+    with suppress(cv2.error):  # a header that states an impossible size
+        bgr = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
     if bgr is None:
         raise DataError(f"{path} cannot be read as an image. It is empty, damaged, or of another kind.")
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)

@@ -54,9 +54,9 @@ def evaluate_predictions(
         DataError: a labelled frame without a prediction, unusable annotations or predictions.
     """
     task = TASKS[task_name]
-    videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
+    videos = read_manifest(manifest)
     # With their official splits still, by which the labels of a task are found.
-    videos = videos[(videos if fold is None else fold_split(videos, fold)).split == split]
+    videos = videos[fold_split(videos, fold).split == split]
     if videos.empty:
         raise DataError(f"The manifest has no videos in split '{split}'.")
     labels = read_labels(videos, annotations_dir, task)

@@ -22,6 +22,7 @@ from vnaw_pipeline.config import PredictConfig
 from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.store import open_store
+from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.locations import Location, location
 from vnaw_pipeline.manifests import read_manifest
 from vnaw_pipeline.prediction.finish import finish_answers
@@ -62,9 +63,9 @@ def predict_videos(
     """
     started = time.monotonic()
     state = process_state()
-    videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
+    videos = read_manifest(manifest)
     run = open_run(run_dir, predictions)
-    videos = run.split_videos(videos)
+    videos = fold_split(videos, run.header["fold"])
     video_ids = list(videos.video_id[videos.split == split])
     if not video_ids:
         raise DataError(f"The manifest has no videos in split '{split}', only in {sorted(set(videos.split))}.")

@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from vnaw_pipeline.checkpoints import read_header
 from vnaw_pipeline.config import PipelineConfig, PredictConfig
 from vnaw_pipeline.errors import CheckpointError, DataError
-from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.locations import Location
 from vnaw_pipeline.prediction.finish import finish_answers
 from vnaw_pipeline.prediction.predict import MADE_BY, read_predictions
@@ -52,10 +51,6 @@ class PredictedRun:
     def columns(self) -> list[str]:
         """Columns of the tables that hold the answers, of all tasks."""
         return [name for task in self.tasks for name in task.prediction_columns]
-
-    def split_videos(self, videos: pd.DataFrame) -> pd.DataFrame:
-        """The manifest with the splits that this run was trained with: those of its fold, if it had one."""
-        return videos if self.fold is None else fold_split(videos, self.fold)
 
     def table(self, split: str, task: Task, *, raw: bool = False) -> pd.DataFrame:
         """The final table of a split, or the raw one, with the columns of one of the tasks among others.

@@ -18,6 +18,7 @@ import pandas as pd
 from vnaw_pipeline.annotations import Labels, labelled
 from vnaw_pipeline.config import PredictConfig, SmoothConfig
 from vnaw_pipeline.errors import DataError
+from vnaw_pipeline.folds import fold_split
 from vnaw_pipeline.locations import Location
 from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.metrics import score_predictions
@@ -85,8 +86,8 @@ def tune_run(
             f"The split '{split}' {why}; tuning is done on 'validation' only (of a fold's run, the fold's)."
         )
     run = open_predicted(run_dir, predictions)
-    videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
-    videos = videos[run.split_videos(videos)["split"] == split]
+    videos = read_manifest(manifest)
+    videos = videos[fold_split(videos, run.fold)["split"] == split]
     if videos.empty:
         raise DataError(f"The manifest has no videos in split '{split}' to tune on.")
     source_videos = dict(zip(videos["video_id"], videos["source_video"], strict=True))

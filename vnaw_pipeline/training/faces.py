@@ -23,6 +23,7 @@ from vnaw_pipeline.features.encoder import (
     build_encoder,
     encoder_of_weights,
     load_encoder,
+    parameter_groups,
     resolve_pool,
 )
 from vnaw_pipeline.losses.images import distillation_loss
@@ -132,6 +133,7 @@ def pretrain_encoder(
         },
         label="pretrain",
         memory=against_labels.memory,
+        parameter_groups=parameter_groups(model, settings.weight_decay, layer_decay=1.0, frozen_stages=0),
     )
     optimisation = encoder_optimisation(settings, -(-len(learnt) // settings.batch_faces), config.seed)
     before = folder.epochs_done()

@@ -20,7 +20,14 @@ from vnaw_pipeline.annotations import Labels
 from vnaw_pipeline.config import FinetuneConfig, PipelineConfig, UnitsLossConfig
 from vnaw_pipeline.crops.source import VideoCrops, decode_crop, open_listed_crops
 from vnaw_pipeline.errors import ConfigError, DataError
-from vnaw_pipeline.features.encoder import Preprocessing, build_encoder, parameter_groups, resolve_pool
+from vnaw_pipeline.features.encoder import (
+    Preprocessing,
+    build_encoder,
+    parameter_groups,
+    recorded_of,
+    resolve_pool,
+    take_over_outputs,
+)
 from vnaw_pipeline.folds import fold_split, recordings_in
 from vnaw_pipeline.losses.affect import affect_loss
 from vnaw_pipeline.losses.units import units_loss
@@ -158,11 +165,13 @@ def finetune_encoder(
             f"The encoder is fine-tuned on expressions, and task '{task.name}' has none; set task=expr8, and "
             "finetune.valence_arousal_weight or finetune.action_units_weight to learn the others beside them."
         )
-    videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
-    splits = videos if fold is None else fold_split(videos, fold)
+    videos = read_manifest(manifest)
+    splits = fold_split(videos, fold)
     extra_tasks = [name for name, weight in _extra_weights(config.finetune).items() if weight]
     num_outputs = len(task.outputs) + sum(len(TASKS[name].outputs) for name in extra_tasks)
-    model, preprocessing, _ = build_encoder(config.encoder, num_outputs, config.seed, allow_pickle)
+    model, preprocessing, left_out = build_encoder(config.encoder, num_outputs, config.seed, allow_pickle)
+    if left_out and tuple(recorded_of(config.encoder).get("outputs", ())) == task.outputs:
+        take_over_outputs(model, left_out, len(task.outputs))
     train, validation = (
         # With their official splits still, by which the labels of a task are found.
         _labelled_frames(
@@ -312,7 +321,14 @@ def _evaluate(
     for positions in torch.split(mine, settings.batch_frames) if len(mine) else ():  # more processes than frames
         batch = validation.read(chosen[positions])
         images = preprocessing.normalise(batch.of_expression.images.to(state.device))
-        predicted[positions.to(state.device)] = model(images)[:, :num_classes].argmax(dim=1)
-    predicted = sum_over_processes(predicted)  # each frame by one process, 0 in the others
-    scores = expression_scores(validation.labels[chosen].numpy(), predicted.cpu().numpy(), num_classes)
+        readable = batch.of_expression.targets.sum(dim=1) > 0
+        number = model(images)[:, :num_classes].argmax(dim=1) + 1
+        predicted[positions.to(state.device)] = number * put(readable, state.device)
+    # Each frame by one process, 0 in the others; 0 in all if it cannot be read.
+    predicted = sum_over_processes(predicted).cpu()
+    scored = predicted > 0
+    if not scored.any():
+        raise DataError("None of the validation frames that score an epoch can be read.")
+    labels, found = validation.labels[chosen][scored].numpy(), predicted[scored].numpy() - 1
+    scores = expression_scores(labels, found, num_classes)
     return {SCORE: scores.macro_f1, "accuracy": scores.accuracy}

@@ -4,9 +4,10 @@ It owns the optimiser, the learning-rate curve, mixed precision, several process
 kill. What a batch is, what the loss is and how an epoch is scored are arguments.
 """
 
+import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast
 from pydantic import ValidationError
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vnaw_pipeline.checkpoints import load_tensors, save_tensors
 from vnaw_pipeline.config import PipelineConfig
@@ -116,10 +116,11 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
     accelerator = _open_accelerator(optimisation, folder.path)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+    recipe.model.to(accelerator.device)  # before its average and its optimiser's state are made
     recipe.model.to(accelerator.device)
     groups = recipe.parameter_groups or [{"params": list(recipe.model.parameters())}]
     optimiser = torch.optim.AdamW(groups, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay)
-    average = _moving_average(recipe.model, optimisation.ema_decay)
+    average = copy.deepcopy(recipe.model).requires_grad_(False) if optimisation.ema_decay is not None else None
     progress = _resume(folder.last, recipe, optimiser, average)
     model, optimiser = accelerator.prepare(recipe.model, optimiser)
     if accelerator.scaler is not None and progress.scaler is not None:
@@ -142,13 +143,14 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
                 step_loss, step_units = _step(accelerator, recipe, optimisation, model, optimiser, batches, epoch)
                 loss_sum += step_loss
                 units += step_units
-                if average is not None:
-                    average.update_parameters(accelerator.unwrap_model(model))
+                if average is not None and optimisation.ema_decay is not None:
+                    steps_before = epoch * optimisation.steps_per_epoch + step
+                    move_average(average, accelerator.unwrap_model(model), optimisation.ema_decay, steps_before)
                 bar.advance(1)
             train_loss = float(sum_over_processes(loss_sum) / sum_over_processes(units).clamp(min=1))
             model.eval()
             # Without the wrapper of mixed precision: an epoch is scored as predictions are made.
-            kept = accelerator.unwrap_model(model, keep_fp32_wrapper=False) if average is None else average.module
+            kept = accelerator.unwrap_model(model, keep_fp32_wrapper=False) if average is None else average
             kept.eval()
             for buffer in kept.buffers():  # running statistics: each process has seen other batches
                 broadcast(buffer)
@@ -172,7 +174,7 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
 def _train_mode(model: nn.Module) -> None:
     model.train()
     for module in model.modules():
-        parameters = list(module.parameters(recurse=False))
+        parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()
 
@@ -236,7 +238,7 @@ def _step(
     units = torch.zeros_like(loss_sum)
     for number, batch in enumerate(batches):
         is_last = number == len(batches) - 1
-        with _synchronised(accelerator, model, is_last):
+        with nullcontext() if is_last else accelerator.no_sync(model):  # one exchange of gradients a step
             with accelerator.autocast():
                 loss, count = recipe.objective(model, batch, epoch / optimisation.epochs)
             accelerator.backward(loss)
@@ -255,20 +257,29 @@ def _step(
     return loss_sum, units
 
 
-def _synchronised(accelerator: Accelerator, model: nn.Module, is_last: bool) -> Any:
-    """Exchange gradients between processes in the last backward pass of a step only."""
-    return nullcontext() if is_last else accelerator.no_sync(model)
+@torch.no_grad()
+def move_average(average: nn.Module, model: nn.Module, decay: float, steps_before: int) -> None:
+    """Move the average of a model's weights and running statistics on by one step, in place.
+
+    In the first steps the decay is smaller, (1 + n) / (10 + n) after n of them, so that a short training does not keep
+    the weights it started from. Whole numbers (a Swin's positions, a count of batches) are the model's own.
+    """
+    share = max(1 - decay, 9 / (10 + steps_before))
+    pairs = list(zip(_tensors(average), _tensors(model), strict=True))
+    averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+    torch._foreach_lerp_([kept for kept, _ in averaged], [current for _, current in averaged], share)
+    for kept, current in pairs:
+        if not kept.is_floating_point():
+            kept.copy_(current)
 
 
-def _moving_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    if decay is None:
-        return None
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 def _training_state(
-    recipe: Recipe[Batch], model: nn.Module, optimiser: Any, average: AveragedModel | None
+    recipe: Recipe[Batch], model: nn.Module, optimiser: Any, average: nn.Module | None
 ) -> dict[str, Tensor]:
     """All tensors that a continuation needs, by prefixed names."""
     tensors = {f"{_MODEL}{key}": value for key, value in model.state_dict().items()}
@@ -303,7 +314,7 @@ def _save(
 
 
 def _resume(
-    path: Path, recipe: Recipe[Batch], optimiser: torch.optim.Optimizer, average: AveragedModel | None
+    path: Path, recipe: Recipe[Batch], optimiser: torch.optim.Optimizer, average: nn.Module | None
 ) -> _Progress:
     if not path.exists():
         return _Progress(0, [], -math.inf)

@@ -87,8 +87,8 @@ def train_windows(
             f"windows.train_stride {stride} leaves gaps between windows of {config.windows.window_frames} frames. Set "
             "it to that or less."
         )
-    videos = read_manifest(manifest) if isinstance(manifest, Path) else manifest
-    splits = videos if fold is None else fold_split(videos, fold)
+    videos = read_manifest(manifest)
+    splits = fold_split(videos, fold)
     store = open_store(store_path)
     # Before the banks, which processes of another config would open in other ways and wait for each other.
     settings = config.model_dump(mode="json", include={*_SECTIONS, "bank"})
