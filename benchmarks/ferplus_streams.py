@@ -47,7 +47,7 @@ from vnaw_pipeline.config import EncoderConfig, PipelineConfig, PredictConfig, S
 from vnaw_pipeline.crops.detect import Face
 from vnaw_pipeline.crops.sink import Crop, find_pack, write_pack
 from vnaw_pipeline.crops.video import Rgb
-from vnaw_pipeline.facesets.faces import FaceSet, Split
+from vnaw_pipeline.facesets.faces import FaceSet
 from vnaw_pipeline.facesets.read import read_faces
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.encoder import encoder_of_weights, find_weights
@@ -62,7 +62,7 @@ from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.provenance import write_text
 from vnaw_pipeline.runs import RunFolder, open_run
 from vnaw_pipeline.stages import usable_cores
-from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL, SPLIT_DIRS, TASKS
+from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL, SPLIT_DIRS, TASKS, Split
 from vnaw_pipeline.training.windows import train_windows
 
 CONFIG = Path(__file__).parent.parent / "configs" / "ferplus_streams.yaml"
