@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from vnaw_pipeline.annotations import read_annotation
 from vnaw_pipeline.checkpoints import load_tensors
 from vnaw_pipeline.config import PipelineConfig, dump_config
-from vnaw_pipeline.errors import CheckpointError, ConfigError
+from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
 from vnaw_pipeline.experiments import cross_validate
 from vnaw_pipeline.features.encoder import build_encoder, encoder_of_weights, load_encoder, parameter_groups
 from vnaw_pipeline.features.extract import extract_features
@@ -22,8 +22,10 @@ from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.folds import fold_split, recordings_in
 from vnaw_pipeline.layouts import find_annotations
 from vnaw_pipeline.manifests import build_manifest
+from vnaw_pipeline.metrics import expression_scores
 from vnaw_pipeline.runs import RunFolder, open_run
 from vnaw_pipeline.tasks import TASKS
+from vnaw_pipeline.training import frames
 from vnaw_pipeline.training.frames import LabelledFrames, finetune_encoder
 from vnaw_pipeline.training.loop import Recipe, fit
 from vnaw_pipeline.training.windows import train_windows
@@ -74,6 +76,32 @@ def test_finetuning_names_crops_it_cannot_read(drawn: DrawnData, tiny_config: Pi
     assert "empty" in (tmp_path / "ft" / "status.csv").read_text()
 
 
+def test_validation_frames_that_cannot_be_read_do_not_score(
+    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = []
+
+    def count(labels: Any, predicted: Any, num_classes: int) -> Any:
+        scored.append(len(labels))
+        return expression_scores(labels, predicted, num_classes)
+
+    monkeypatch.setattr(frames, "expression_scores", count)
+    shutil.copytree(drawn.crops, tmp_path / "crops")
+    rows = drawn.manifest[drawn.manifest.split == "validation"]
+    folders = [tmp_path / "crops" / crops for crops in rows.crops]
+    every = sorted(image for folder in folders for image in folder.glob("*.jpg"))
+    for image in every[::2]:
+        image.write_bytes(b"")
+    report = finetune_encoder(drawn.manifest, drawn.annotations, tmp_path / "crops", tmp_path / "ft", tiny_config)
+    unread = len({(failure.video_id, failure.frame_index) for failure in report.failures})
+    assert 0 < unread < tiny_config.finetune.validation_frames
+    assert scored == [tiny_config.finetune.validation_frames - unread] * tiny_config.finetune.epochs
+    for image in every:
+        image.write_bytes(b"")
+    with pytest.raises(DataError, match="None of the validation frames"):
+        finetune_encoder(drawn.manifest, drawn.annotations, tmp_path / "crops", tmp_path / "none", tiny_config)
+
+
 FINETUNE_VALUES: list[dict[str, Any]] = [
     {"frames_per_epoch": 48},
     {"batch_frames": 8},
@@ -117,6 +145,19 @@ def test_heads_beside_the_expression_are_learnt_and_left_out_of_the_encoder(
     assert torch.equal(encoder.head.weight, tensors["head.fc.weight"][:8])
     averaged, _ = load_tensors(tmp_path / "ft" / "checkpoint" / "last.safetensors")
     assert not torch.equal(averaged["average.head.fc.bias"], averaged["model.head.fc.bias"])
+
+
+def test_a_trained_head_is_kept_when_others_come_beside_it(
+    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, tmp_path / "first", tiny_config)
+    first = tmp_path / "first" / "checkpoint" / "best.safetensors"
+    config = changed(tiny_config, "finetune", valence_arousal_weight=1.0, learning_rate=1e-12)
+    config = changed(config, "encoder", weights=first)
+    finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, tmp_path / "second", config)
+    before, after = (load_file(tmp_path / run / "checkpoint" / "best.safetensors") for run in ("first", "second"))
+    torch.testing.assert_close(after["head.fc.weight"][:8], before["head.fc.weight"])
+    assert after["head.fc.weight"].shape == (10, 16)
 
 
 def test_labels_of_other_tasks_belong_to_their_frames(drawn: DrawnData, tiny_config: PipelineConfig) -> None:

@@ -248,6 +248,7 @@ def test_access_denied_missing_buckets_and_credentials_are_named(
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
     locations._client.cache_clear()
     refused(r"no credentials\. Set AWS_ACCESS_KEY_ID", s3 / "s")
+    assert locations._lasting_reason(f"503 Slow Down: {s3}/latest/features.zarr") is None, "a folder may be called so"
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     locations._client.cache_clear()
     refused(r"pip install 'vnaw-pipeline\[s3\]'", s3 / "s")

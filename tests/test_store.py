@@ -63,6 +63,18 @@ def test_a_cut_off_chunk_is_missing(place: Location) -> None:
         store.embeddings("v")
 
 
+def test_a_chunk_that_does_not_say_which_frames_are_valid_is_missing(place: Location) -> None:
+    """As a copy that was broken off leaves it; Zarr would read that no frame has a face."""
+    store = create_store(place / "s", FINGERPRINT, 3)
+    written = fill(store, "v", CHUNK_FRAMES + 9)
+    (place / "s" / "valid" / "v" / "c" / "0").unlink()
+    assert [(u.start, u.stop) for u in store.missing_units(["v"])] == [(0, CHUNK_FRAMES)]
+    with pytest.raises(StoreError, match="lacks 1 of 1 videos"):
+        store.valid("v")
+    assert (fill(store, "v", CHUNK_FRAMES + 9) == written).all()
+    assert store.valid("v").any()
+
+
 def test_another_fingerprint_is_refused_with_what_differs(place: Location) -> None:
     create_store(place / "s", FINGERPRINT, 3)
     with pytest.raises(StoreError, match="weights: found 'w', wanted 'x'"):

@@ -8,20 +8,25 @@ of the CPU.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from vnaw_pipeline.config import PipelineConfig
+from vnaw_pipeline.config import PipelineConfig, PretrainConfig
 from vnaw_pipeline.features.bank import FeatureBank
+from vnaw_pipeline.features.encoder import Encoder, Preprocessing
 from vnaw_pipeline.temporal import TemporalModel
+from vnaw_pipeline.training.faces import _objective as _learn_from_faces
+from vnaw_pipeline.training.images import ImageBatch, label_objective
 from vnaw_pipeline.training.labels import LabelledBank
 from vnaw_pipeline.training.loop import Recipe, _step
 from vnaw_pipeline.training.windows import Drawing, _Learning, _objective, training_plan
@@ -173,3 +178,47 @@ def test_what_waits_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spoiled(lambda total: total.cpu()) == ["cuda:0 to cpu: ()"] * 2
     copies = spoiled(lambda total: torch.ones(3).to("cuda"))
     assert copies == ["cpu to cuda:0: (3,)"] * 4, "on either device, twice"
+
+
+IMAGE_LOSSES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "NLA": {"weighting": "naw", "consistency": 0.4},
+    "class weights": {"weighting": "class"},
+    "ELR": {"objective": "elr"},
+    "transition": {"transition": [[0.3 if i == j else 0.1 for j in range(8)] for i in range(8)]},
+}
+
+
+@pytest.mark.parametrize("loss", IMAGE_LOSSES.values(), ids=IMAGE_LOSSES)
+def test_the_encoder_recipes_do_not_wait(loss: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their loss, with a teacher of other colours, detail and size; copies of batches are looked at above."""
+    settings = PretrainConfig.model_validate({"loss": loss, "sampling": "uniform"})
+    targets = torch.eye(8)[torch.arange(6)]
+    known = label_objective(settings.loss, targets)
+    with FakeTensorMode() as fake, Copies() as copies:
+
+        def there(tensor: Tensor) -> Tensor:
+            return fake.from_tensor(tensor).to("cuda", non_blocking=True)
+
+        known = replace(
+            known,
+            class_weights=there(known.class_weights) if known.class_weights is not None else None,
+            transition=there(known.transition) if known.transition is not None else None,
+            memory={name: there(of) for name, of in known.memory.items()},
+        )
+        with torch.device("cuda"):
+            student, model = (timm.create_model("test_efficientnet", num_classes=8) for _ in range(2))
+            head = nn.Linear(256, 8)
+        model.reset_classifier(0)
+        seen = Preprocessing(input_px=64, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic")
+        taught = Preprocessing(
+            input_px=48, mean=(0.4,) * 3, std=(0.3,) * 3, interpolation="bicubic", grey=True, detail_px=32
+        )
+        teacher = Encoder(
+            name="", model_args={}, model=model, preprocessing=taught, embedding_dim=256, weights_digest="", head=head
+        )
+        images = torch.zeros(6, 64, 64, 3, dtype=torch.uint8)
+        batch = ImageBatch(*(there(part) for part in (images, targets, torch.arange(6))))
+        copies.waited_for.clear()  # of making the models
+        _learn_from_faces(seen, settings, teacher, known, student, batch, 0.5)
+    assert copies.waited_for == []

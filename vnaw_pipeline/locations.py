@@ -152,7 +152,7 @@ def _lasting_reason(text: str) -> str | None:
     """What the client's error means for the user; None if it may pass."""
     if "NoSuchBucket" in text:
         return "there is no such bucket. Check its name and AWS_REGION, or AWS_ENDPOINT_URL if it is not on AWS."
-    if "/latest/" in text:  # where a machine on AWS is told the credentials of its role
+    if re.search("/latest/(api/token|meta-data)", text):  # where a machine on AWS is told the credentials of its role
         return _NO_CREDENTIALS
     if code := re.search(r"40[13] (?:Unauthorized|Forbidden)(?:.*?<Code>(\w+))?", text, re.DOTALL):
         return (

@@ -15,7 +15,10 @@ from typing import Any
 
 from vnaw_pipeline.locations import Location, S3Path
 
-_RECORDED_PACKAGES = ("vnaw-pipeline", "torch", "timm", "openvino", "accelerate", "zarr", "numpy")
+_RECORDED_PACKAGES = (
+    *("vnaw-pipeline", "torch", "timm", "openvino", "accelerate", "zarr", "numpy"),
+    *("opencv-python", "simplejpeg"),
+)
 
 
 @contextmanager

@@ -20,10 +20,9 @@ from vnaw_pipeline.annotations import image_name, write_annotation
 from vnaw_pipeline.checkpoints import save_tensors
 from vnaw_pipeline.config import PipelineConfig, dump_config
 from vnaw_pipeline.features.store import FeatureStore, create_store
-from vnaw_pipeline.manifests import SPLITS
 from vnaw_pipeline.provenance import write_text
 from vnaw_pipeline.runs import RunFolder
-from vnaw_pipeline.tasks import IGNORE_LABEL, SPLIT_DIRS, TASKS
+from vnaw_pipeline.tasks import IGNORE_LABEL, SPLIT_DIRS, SPLITS, TASKS
 from vnaw_pipeline.temporal import TemporalModel
 
 TASK = TASKS["expr8"]

@@ -1,5 +1,6 @@
 """Figures on the bank, windows, training and prediction."""
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from vnaw_pipeline.bench.measure import in_turns, of_turns, peak_memory_of, seco
 from vnaw_pipeline.bench.size import Size
 from vnaw_pipeline.config import PipelineConfig, TemporalConfig, WindowConfig
 from vnaw_pipeline.crops.source import decode_crop
-from vnaw_pipeline.features.bank import FeatureBank, open_bank
+from vnaw_pipeline.features.bank import open_bank
 from vnaw_pipeline.features.encoder import build_encoder
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.features.views import PLAIN
@@ -36,9 +37,9 @@ from vnaw_pipeline.prediction.predict import predict_videos
 from vnaw_pipeline.processes import keep_freed_memory, process_state
 from vnaw_pipeline.tasks import IGNORE_LABEL
 from vnaw_pipeline.temporal import TemporalModel
-from vnaw_pipeline.training.windows import train_windows
-from vnaw_pipeline.windows.augment import channel_mask, erase_channels, skip_frames
-from vnaw_pipeline.windows.batches import WindowBatch, gather_windows, put
+from vnaw_pipeline.training.labels import LabelledBank
+from vnaw_pipeline.training.windows import Drawing, gather_draw, train_windows
+from vnaw_pipeline.windows.batches import WindowBatch, put
 from vnaw_pipeline.windows.plan import WindowPlan, plan_windows, window_rows
 
 _WINDOWS = WindowConfig()
@@ -83,7 +84,8 @@ def measure_bank(work: Path, size: Size) -> list[Figure]:
 def measure_windows(work: Path, size: Size) -> list[Figure]:
     """A window batch with skipped frames and erased channels, against a bare gather into memory that is there."""
     keep_freed_memory()  # as training does
-    bank, labels, plan = _bank(work, size)
+    train, plan = _labelled_bank(work, size)
+    bank, batches = train.bank, _batches(train, plan, size.batch_windows)
     generator = torch.Generator().manual_seed(0)
     rows = window_rows(plan, bank.first.cpu(), _WINDOWS.window_frames, bank.zero_row)
     shape = (size.batch_windows * _WINDOWS.window_frames, bank.embedding_dim)
@@ -94,7 +96,7 @@ def measure_windows(work: Path, size: Size) -> list[Figure]:
 
     turns = in_turns(
         lambda: torch.index_select(bank.embeddings, 0, put(rows[drawn()].flatten(), bank.device), out=out),
-        lambda: _augmented_batch(bank, labels, plan, drawn(), generator),
+        lambda: next(batches),
         10 * size.repeats,
     )
     detail = f"{size.batch_windows} windows of {_WINDOWS.window_frames} frames, {bank.embedding_dim} wide: "
@@ -104,19 +106,15 @@ def measure_windows(work: Path, size: Size) -> list[Figure]:
 
 def measure_training(work: Path, size: Size) -> list[Figure]:
     """A training step with and without its data, an epoch with a loader per item, and one through the encoder."""
-    bank, labels, plan = _bank(work, size)
-    generator = torch.Generator().manual_seed(0)
-    count = min(size.step_windows, len(plan))
-
-    def batch() -> WindowBatch:
-        return _augmented_batch(bank, labels, plan, torch.randint(len(plan), (count,), generator=generator), generator)
-
+    train, plan = _labelled_bank(work, size)
+    bank, count = train.bank, min(size.step_windows, len(plan))
+    batches = _batches(train, plan, count)
     step = _training_step(TemporalModel(bank.embedding_dim, len(TASK.outputs), size.temporal).to(bank.device))
-    kept = batch()
-    loader = _per_item_batches(work / "store.zarr", bank, labels, plan, count)
+    kept = next(batches)
+    loader = _per_item_batches(work / "store.zarr", train, plan, count)
 
     def with_data() -> None:
-        made = batch()
+        made = next(batches)
         step(made.embeddings, made.valid, made.labels[TASK.name])
 
     def alone() -> None:
@@ -234,25 +232,25 @@ def measure_prediction_memory(work: Path, size: Size) -> list[Figure]:
     return [Figure("prediction memory, share of further embeddings", share, Goal("at most", 0.5), detail)]
 
 
-def _bank(work: Path, size: Size) -> tuple[FeatureBank, Tensor, WindowPlan]:
-    """A bank with random labels (N + 1,), and the plan of its training windows."""
+def _labelled_bank(work: Path, size: Size) -> tuple[LabelledBank, WindowPlan]:
+    """A bank with random labels, and the plan of its training windows."""
     store = write_store(work / "store.zarr", make_videos(size.bank_videos), size.widths[0])
     bank = open_bank(store, shown=False, device=process_state().device)
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(IGNORE_LABEL, len(TASK.outputs), (bank.zero_row + 1,), generator=generator)
     labels[-1] = IGNORE_LABEL
-    return bank, labels, plan_windows(bank.num_frames.cpu(), _WINDOWS.window_frames, _WINDOWS.train_stride)
+    plan = plan_windows(bank.num_frames.cpu(), _WINDOWS.window_frames, _WINDOWS.train_stride)
+    return LabelledBank(bank, {TASK.name: labels.to(bank.device)}), plan
 
 
-def _augmented_batch(
-    bank: FeatureBank, labels: Tensor, plan: WindowPlan, chosen: Tensor, generator: torch.Generator
-) -> WindowBatch:
-    """A batch as training makes it by default: frames skipped, then channels erased."""
-    first = bank.first.cpu()
-    rows = skip_frames(plan.select(chosen), first, labels, _WINDOWS.window_frames, _WINDOWS.skip, generator)
-    keep = channel_mask(len(chosen), bank.embedding_dim, _WINDOWS.erase_share, generator)
-    batch = gather_windows(bank, {TASK.name: put(labels, bank.device)}, rows, plan.video[chosen])
-    return batch._replace(embeddings=erase_channels(batch.embeddings, put(keep, bank.device)))
+def _batches(train: LabelledBank, plan: WindowPlan, count: int) -> Iterator[WindowBatch]:
+    """Batches without end, as training makes them by default: drawn by class, frames skipped, channels erased."""
+    of_train = {"batch_windows": count, "windows_per_epoch": 64 * count}
+    config = PipelineConfig.model_validate({"task": TASK.name, "train": of_train})
+    drawing = Drawing(train, plan, config)
+    for epoch in itertools.count():
+        for (draw,) in drawing.steps(epoch):
+            yield gather_draw(train, draw, config)
 
 
 def _training_step(model: nn.Module) -> Callable[..., None]:
@@ -271,10 +269,12 @@ def _training_step(model: nn.Module) -> Callable[..., None]:
 class _StoredWindows(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Windows read one by one from the store's arrays, as a loader per item reads them."""
 
-    def __init__(self, store_path: Path, bank: FeatureBank, labels: Tensor, plan: WindowPlan) -> None:
+    def __init__(self, store_path: Path, train: LabelledBank, plan: WindowPlan) -> None:
         group: Any = zarr.open_group(store_path, mode="r")
+        bank = train.bank
         self.arrays = [group[f"{PLAIN}/{video_id}"] for video_id in bank.video_ids]
-        self.valid, self.labels, self.plan, self.first = bank.valid, labels, plan, bank.first.tolist()
+        self.valid, self.labels = bank.valid.cpu(), train.labels[TASK.name].cpu()
+        self.plan, self.first = plan, bank.first.tolist()
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -292,10 +292,10 @@ class _StoredWindows(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
 
 def _per_item_batches(
-    store_path: Path, bank: FeatureBank, labels: Tensor, plan: WindowPlan, count: int
+    store_path: Path, train: LabelledBank, plan: WindowPlan, count: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Shuffled batches without end."""
-    loader = DataLoader(_StoredWindows(store_path, bank, labels, plan), batch_size=count, shuffle=True, drop_last=True)
+    loader = DataLoader(_StoredWindows(store_path, train, plan), batch_size=count, shuffle=True, drop_last=True)
     while True:
         yield from loader
 

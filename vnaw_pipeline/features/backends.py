@@ -69,7 +69,7 @@ def resolve_arithmetic(backend: str, precision: str, device: torch.device) -> Ar
     if backend == "openvino" and not openvino_is_installed():
         raise ConfigError(
             "OpenVINO is to compute the embeddings (extract.backend says so, or the run's features were made by it), "
-            "and it is not installed here: pip install vnaw-pipeline[cpu-fast]. Or make new features with "
+            "and it is not installed here: pip install 'vnaw-pipeline[cpu-fast]'. Or make new features with "
             "extract.backend=torch."
         )
     if backend == "openvino" and precision == "bf16" and not in_bf16:

@@ -31,7 +31,8 @@ from vnaw_pipeline.stages import progress_bar
 
 _PLACES: tuple[BankPlace, ...] = ("device", "memory", "mapped")
 _SHARE = {"device": 0.5, "memory": 0.8}
-"""Of what is free, the most that a bank takes: a model with its activations needs the rest of a device."""
+"""Of what is free when a bank is opened, the most that it takes: what is opened later, a model and its activations
+need the rest."""
 
 
 @dataclass(frozen=True)
@@ -163,11 +164,14 @@ def _allocate(place: BankPlace, shape: tuple[int, int, int], device: torch.devic
         )
     path = Path(folder) / f"vnaw_bank.{gather_all([secrets.token_hex(8)])[0]}.{socket.gethostname()}"
     try:
-        if process_state().is_local_main_process and hasattr(os, "posix_fallocate"):
-            with path.open("ab") as file:  # a mapped file that finds no room later ends the program without a word
-                os.posix_fallocate(file.fileno(), 0, size)
         rows = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float16)
-        meet()  # all have mapped it: it lives on without a name
+        with path.open("r+b") as file:
+            meet()  # all have mapped it: it lives on without a name
+            path.unlink(missing_ok=True)
+            if process_state().is_local_main_process and hasattr(os, "posix_fallocate"):
+                # A mapped file that finds no room later ends the program without a word.
+                os.posix_fallocate(file.fileno(), 0, size)
+        meet()
     except OSError as error:
         raise StoreError(
             f"The features, {size / 1e9:.3g} GB, cannot be mapped from a file in {folder}: {error}."

@@ -4,7 +4,7 @@ Shapes: `B` frames of a batch, `S` input side in pixels, `D` embedding width.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -74,13 +74,12 @@ class Preprocessing:
     def from_normalised(self, images: Tensor, given: "Preprocessing") -> Tensor:
         """Images normalised for another encoder, (B, 3, S, S), brought to this one's statistics, colours, detail and
         side."""
-        mean, std, own_mean, own_std = (
-            torch.tensor(values, device=images.device).view(3, 1, 1)
-            for values in (given.mean, given.std, self.mean, self.std)
+        mean, std, own_mean, own_std, luma = (
+            _constant(values, images.device).view(3, 1, 1)
+            for values in (given.mean, given.std, self.mean, self.std, _LUMA)
         )
         images = images * std + mean
         if self.grey and not given.grey:
-            luma = torch.tensor(_LUMA, device=images.device).view(3, 1, 1)
             images = (images * luma).sum(dim=1, keepdim=True).expand_as(images)
         images = (images - own_mean) / own_std
         if self.detail_px is not None and self.detail_px < min(given.detail_px or given.input_px, given.input_px):
@@ -94,9 +93,13 @@ class Preprocessing:
 
     def normalise(self, frames: Tensor) -> Tensor:
         """uint8 (B, S, S, 3) -> float32 (B, 3, S, S), on the device the frames are on."""
-        mean = torch.tensor(self.mean, device=frames.device) * 255
-        std = torch.tensor(self.std, device=frames.device) * 255
+        mean, std = (_constant(values, frames.device) * 255 for values in (self.mean, self.std))
         return ((frames.float() - mean) / std).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+def _constant(values: Sequence[float], device: torch.device) -> Tensor:
+    """A vector on a device that the host need not wait for, as it would for a copy."""
+    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def _resized(images: Tensor, side: int) -> Tensor:

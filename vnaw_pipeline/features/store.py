@@ -109,18 +109,22 @@ class FeatureStore:
         return [Unit(video_id, start, min(start + array.chunks[0], array.shape[0]), view) for start in starts]
 
     def missing_units(self, video_ids: Sequence[str], view: str = PLAIN) -> list[Unit]:
-        """The chunks of a view of videos that are not there, or not there in full (a copy that was cut off).
+        """The chunks of a view of videos that are not there, or not there in full (a copy that was cut off). Those of
+        the plain view want their part of `VALID` too.
 
-        The store is listed once, and not asked chunk by chunk.
+        The store is listed once a view, and not asked chunk by chunk.
         """
         size_of = self._object_bytes(video_ids, view)
+        valid_size_of = self._object_bytes(video_ids, VALID) if view == PLAIN else None
         missing = []
         for video_id in video_ids:
             array = self._array(view, video_id)
             rows = array.chunks[0]
             chunk_bytes = rows * self.embedding_dim * array.dtype.itemsize  # the last chunk is stored padded
             for unit in self.units(video_id, view):
-                if size_of.get(f"{video_id}/c/{unit.start // rows}/0") != chunk_bytes:
+                chunk = f"{video_id}/c/{unit.start // rows}"
+                is_whole = size_of.get(f"{chunk}/0") == chunk_bytes
+                if not is_whole or (valid_size_of is not None and valid_size_of.get(chunk) != rows):
                     missing.append(unit)
         return missing
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from vnaw_pipeline.losses.precision import at_least_float32
+
 _LEAST_VARIANCE = 1e-6
 
 
@@ -28,7 +30,7 @@ def affect_loss(predicted: Tensor, truth: Tensor) -> Tensor:
         truth: (B, 2), NaN where there is none. Without any annotated row the loss is 0.
     """
     used = ~truth.isnan().any(dim=1)
-    predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32)).masked_fill(~used[:, None], 0)
+    predicted = at_least_float32(predicted).masked_fill(~used[:, None], 0)
     truth = truth.masked_fill(~used[:, None], 0)
     error = (predicted - truth).abs().sum() / (used.sum().clamp(min=1) * truth.shape[1])
     return torch.where(used.any(), (1 - concordance(predicted, truth, used)).mean() + error, 0)

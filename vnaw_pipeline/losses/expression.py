@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vnaw_pipeline.config import LossConfig
-from vnaw_pipeline.losses.objectives import at_least_float32, jensen_shannon, unit_losses
+from vnaw_pipeline.losses.objectives import jensen_shannon, unit_losses
+from vnaw_pipeline.losses.precision import at_least_float32
 from vnaw_pipeline.tasks import IGNORE_LABEL
 from vnaw_pipeline.windows.plan import window_labels
 

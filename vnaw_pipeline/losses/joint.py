@@ -6,12 +6,12 @@ step, so that rarely labelled tasks weigh as much as their weight says.
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from vnaw_pipeline.config import PipelineConfig
 from vnaw_pipeline.losses.affect import affect_loss
 from vnaw_pipeline.losses.expression import expression_loss
+from vnaw_pipeline.losses.precision import at_least_float32
 from vnaw_pipeline.losses.units import units_loss
 from vnaw_pipeline.tasks import IGNORE_LABEL, Task, TaskName, output_columns
 
@@ -49,7 +49,7 @@ def joint_loss(
         loss sum and number of the main task's units in this part, both scalars.
     """
     columns = output_columns(config.tasks)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = at_least_float32(logits)
 
     def loss_of(task: Task) -> tuple[Tensor, Tensor]:
         of_task, truth = logits[..., columns[task.name]], labels[task.name]
@@ -78,10 +78,17 @@ def joint_loss(
     return total, units
 
 
+def annotated(labels: Tensor, task: Task) -> Tensor:
+    """Which numbers of a task's labels are annotated, bool of their shape."""
+    return ~labels.isnan() if task.kind == "affect" else labels != IGNORE_LABEL
+
+
 def count_units(task: Task, labels: Tensor, config: PipelineConfig) -> int:
     """What a task's loss is a mean over, in windows (B, P) or (B, P, outputs): windows or frames with an expression,
     as the level says; frames with valence and arousal; annotated action units of frames."""
-    annotated = ~labels.isnan().any(dim=-1) if task.kind == "affect" else labels != IGNORE_LABEL
-    if task.kind == "classes" and config.loss.level == "window":
-        annotated = annotated.any(dim=1)
-    return int(annotated.sum())
+    counted = annotated(labels, task)
+    if task.kind == "affect":
+        counted = counted.all(dim=-1)
+    elif task.kind == "classes" and config.loss.level == "window":
+        counted = counted.any(dim=1)
+    return int(counted.sum())

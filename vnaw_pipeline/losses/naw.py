@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vnaw_pipeline.config import ObjectiveConfig
+from vnaw_pipeline.losses.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def naw_weights(probabilities: Tensor, labels: Tensor, progress: float, constant
     Returns:
         (N,) weights > 0. The gradient flows through them; detach them if that is not wanted.
     """
-    probabilities = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
+    probabilities = at_least_float32(probabilities)
     p_true = probabilities.gather(1, labels[:, None]).squeeze(1)
     p_rival = probabilities.scatter(1, labels[:, None], -1.0).amax(dim=1)
     tilt = 1 - math.exp(-15 * progress)

@@ -13,6 +13,7 @@ from torch import Tensor
 from vnaw_pipeline.config import ObjectiveConfig
 from vnaw_pipeline.errors import ConfigError
 from vnaw_pipeline.losses.naw import constants_of, naw_weights
+from vnaw_pipeline.losses.precision import at_least_float32
 from vnaw_pipeline.processes import process_state
 
 FOCAL_ALPHA = 0.25
@@ -151,8 +152,3 @@ def jensen_shannon(logits: Tensor, other: Tensor) -> Tensor:
     from_p = (log_p.exp() * (log_p - log_m)).sum(dim=1)
     from_q = (log_q.exp() * (log_q - log_m)).sum(dim=1)
     return ((from_p + from_q) / 2).clamp(0, math.log(2))  # rounding may leave the bounds
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Lower precisions as float32; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vnaw_pipeline.config import UnitsLossConfig
+from vnaw_pipeline.losses.precision import at_least_float32
 from vnaw_pipeline.tasks import IGNORE_LABEL
 
 _FOCAL_GAMMA = 2
@@ -26,7 +27,7 @@ def units_loss(
         class_weights: (U, 2), weights of absent and present.
     """
     used = truth != IGNORE_LABEL
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(~used, 0)
+    logits = at_least_float32(logits).masked_fill(~used, 0)
     losses = F.binary_cross_entropy_with_logits(logits, (truth == 1).to(logits.dtype), reduction="none")
     if config.objective == "focal":
         losses = losses * (1 - (-losses).exp()) ** _FOCAL_GAMMA

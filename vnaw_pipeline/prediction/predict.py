@@ -2,7 +2,7 @@
 
 Columns: `video_id, frame_index, valid`, and those of every task of the run: `p_<class>...`, `valence, arousal`,
 `p_<unit>...`. Every frame of every video has its row, also those without a face and those of a video shorter than a
-window. Embeddings are read some videos at a time, so that memory does not grow with the split.
+window. Embeddings are read some videos at a time, so that of a growing split only the answers take more memory.
 """
 
 import io
@@ -97,19 +97,21 @@ def predict_videos(
             bar=bar,
         )
         raw = stitched.cpu().numpy()
+        if not state.is_main_process:  # writes nothing, and need not keep it
+            return raw[:0], raw[:0], bank.valid[:0].cpu()
         return raw, finish_probabilities(raw, bank, without_any, config, run.config.tasks), bank.valid[:-1].cpu()
 
     with progress_bar("predict", num_windows // state.num_processes, "windows", state.is_main_process) as bar:
         # in a function of its own, so that the embeddings of one part are gone before those of the next are read
         parts = [predict_part(part) for part in parts_of_videos(lengths, FRAMES_AT_ONCE)]
     raws, finals, valid = zip(*parts, strict=True)
-    frames = _without_embeddings(video_ids, lengths, torch.cat(valid))
     if state.is_main_process:
+        frames = _without_embeddings(video_ids, lengths, torch.cat(valid))
         made_by = made_by_of(model_digest, config)
         for path, answers in ((run.folder.raw_predictions(split), raws), (run.folder.predictions(split), finals)):
             write_predictions(path, np.concatenate(answers), frames, run.config.tasks, made_by)
     meet()
-    return StageReport("predict", done=len(video_ids), frames=frames.zero_row, seconds=time.monotonic() - started)
+    return StageReport("predict", done=len(video_ids), frames=sum(lengths), seconds=time.monotonic() - started)
 
 
 def parts_of_videos(lengths: Sequence[int], frames_at_once: int) -> list[slice]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vnaw_pipeline.config import PipelineConfig, PretrainConfig
 from vnaw_pipeline.errors import ConfigError, DataError, listing
-from vnaw_pipeline.facesets.faces import FaceSet, Split, join_faces
+from vnaw_pipeline.facesets.faces import FaceSet, join_faces
 from vnaw_pipeline.facesets.read import read_faces
 from vnaw_pipeline.features.encoder import (
     Encoder,
@@ -28,19 +28,21 @@ from vnaw_pipeline.features.encoder import (
 )
 from vnaw_pipeline.losses.images import distillation_loss
 from vnaw_pipeline.metrics import expression_scores
-from vnaw_pipeline.processes import gather_all, process_state, sum_over_processes
+from vnaw_pipeline.processes import gather_all, process_state
 from vnaw_pipeline.stages import Failure, StageReport
-from vnaw_pipeline.tasks import EXPRESSIONS, TASKS
+from vnaw_pipeline.tasks import EXPRESSIONS, TASKS, Split
 from vnaw_pipeline.training.images import (
     ImageBatch,
     LabelObjective,
     encoder_optimisation,
     erase_rectangles,
     label_objective,
+    own_batches,
+    predicted_classes,
     read_ahead,
     vary_images,
 )
-from vnaw_pipeline.training.loop import SCORE, Recipe, begin_run, fit, seed_of, split_step
+from vnaw_pipeline.training.loop import SCORE, Recipe, begin_run, fit, seed_of
 from vnaw_pipeline.windows.batches import put
 from vnaw_pipeline.windows.plan import balanced_weights, draw_by_weight
 
@@ -111,8 +113,9 @@ def pretrain_encoder(
         if len(faces) == 0:
             raise DataError(f"No face of the {'training' if faces is learnt else 'validation'} sets has a {what}.")
     labels = {"train": train.digest(), "validation": validation.digest()}
-    folder = begin_run(run_dir, config, _SECTIONS, overwrite, {"labels": labels})
     teacher = _load_teacher(settings.teacher, config.seed) if settings.teacher is not None else None
+    taught_by = teacher.weights_digest if teacher is not None else None
+    folder = begin_run(run_dir, config, _SECTIONS, overwrite, {"labels": labels, "teacher": taught_by})
     against_labels = label_objective(settings.loss, learnt.targets)
     recipe = Recipe(
         model=model,
@@ -129,7 +132,7 @@ def pretrain_encoder(
             **preprocessing.recorded(),
             "config": config.model_dump(mode="json", include=_SECTIONS),
             "labels": labels,
-            "teacher": teacher.weights_digest if teacher is not None else None,
+            "teacher": taught_by,
         },
         label="pretrain",
         memory=against_labels.memory,
@@ -187,9 +190,7 @@ def _epoch_steps(learnt: LabelledFaces, config: PipelineConfig, epoch: int) -> I
     settings = config.pretrain
     generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
     drawn = _draw(learnt.targets.argmax(dim=1), settings.sampling, generator)
-    steps = drawn.tensor_split(-(-len(drawn) // settings.batch_faces))
-    mine = (split_step(step, state.process_index, state.num_processes, accumulation=1)[0] for step in steps)
-    for batch in read_ahead(learnt.read, mine):
+    for batch in read_ahead(learnt.read, own_batches(drawn, settings.batch_faces)):
         yield [ImageBatch(*(put(part, state.device) for part in batch))]
 
 
@@ -237,15 +238,15 @@ def _evaluate(
     observe: Callable[[nn.Module], dict[str, float]] | None,
     model: nn.Module,
 ) -> dict[str, float]:
-    state = process_state()
-    predicted = torch.zeros(len(scored), dtype=torch.int64, device=state.device)
-    mine = torch.arange(len(scored))[state.process_index :: state.num_processes]
-    for chosen in torch.split(mine, settings.batch_faces) if len(mine) else ():  # more processes than faces
-        logits = model(preprocessing.normalise(scored.read(chosen).images.to(state.device)))
-        predicted[chosen.to(state.device)] = logits.argmax(dim=1)
-    if scored.unreadable:
-        raise DataError("Validation faces that cannot be read:\n" + listing(list(scored.unreadable.values())))
-    predicted = sum_over_processes(predicted)  # each face by one process, 0 in the others
-    scores = expression_scores(scored.targets.argmax(dim=1).numpy(), predicted.cpu().numpy(), len(EXPRESSIONS))
+    device = process_state().device
+
+    def classify(places: Tensor) -> Tensor:
+        logits: Tensor = model(preprocessing.normalise(scored.read(places).images.to(device)))
+        return logits.argmax(dim=1)
+
+    predicted = predicted_classes(len(scored), settings.batch_faces, classify)
+    if unreadable := gather_all(list(scored.unreadable.values())):
+        raise DataError("Validation faces that cannot be read:\n" + listing(unreadable))
+    scores = expression_scores(scored.targets.argmax(dim=1).numpy(), predicted.numpy(), len(EXPRESSIONS))
     observed = observe(model) if observe is not None else {}
     return {SCORE: scores.macro_f1, "accuracy": scores.accuracy, **observed}

@@ -33,7 +33,7 @@ from vnaw_pipeline.losses.affect import affect_loss
 from vnaw_pipeline.losses.units import units_loss
 from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.metrics import expression_scores
-from vnaw_pipeline.processes import gather_all, process_state, sum_over_processes
+from vnaw_pipeline.processes import gather_all, process_state
 from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.stages import Failure, StageReport
 from vnaw_pipeline.tasks import ACTION_UNITS, IGNORE_LABEL, TASKS, Task, TaskName
@@ -43,10 +43,12 @@ from vnaw_pipeline.training.images import (
     encoder_optimisation,
     erase_rectangles,
     label_objective,
+    own_batches,
+    predicted_classes,
     read_ahead,
     vary_images,
 )
-from vnaw_pipeline.training.loop import SCORE, Recipe, begin_run, fit, seed_of, split_step
+from vnaw_pipeline.training.loop import SCORE, Recipe, begin_run, fit, seed_of
 from vnaw_pipeline.windows.batches import put
 from vnaw_pipeline.windows.plan import balanced_weights, draw_by_weight
 
@@ -263,9 +265,7 @@ def _epoch_steps(
     generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
     weights = balanced_weights(train.labels, num_classes)
     drawn = draw_by_weight(weights, settings.frames_per_epoch, generator)
-    steps = drawn.tensor_split(-(-len(drawn) // settings.batch_frames))
-    mine = (split_step(step, state.process_index, state.num_processes, accumulation=1)[0] for step in steps)
-    for batch in read_ahead(train.read, mine):
+    for batch in read_ahead(train.read, own_batches(drawn, settings.batch_frames)):
         of_expression = ImageBatch(*(put(part, state.device) for part in batch.of_expression))
         yield [FrameBatch(of_expression, put(batch.affect, state.device), put(batch.units, state.device))]
 
@@ -314,21 +314,17 @@ def _evaluate(
     model: nn.Module,
 ) -> dict[str, float]:
     """Score evenly spaced labelled validation frames against the given labels."""
-    state = process_state()
+    device = process_state().device
     chosen = torch.linspace(0, len(validation) - 1, min(settings.validation_frames, len(validation))).round().long()
-    predicted = torch.zeros(len(chosen), dtype=torch.int64, device=state.device)
-    mine = torch.arange(len(chosen))[state.process_index :: state.num_processes]
-    for positions in torch.split(mine, settings.batch_frames) if len(mine) else ():  # more processes than frames
-        batch = validation.read(chosen[positions])
-        images = preprocessing.normalise(batch.of_expression.images.to(state.device))
-        readable = batch.of_expression.targets.sum(dim=1) > 0
-        number = model(images)[:, :num_classes].argmax(dim=1) + 1
-        predicted[positions.to(state.device)] = number * put(readable, state.device)
-    # Each frame by one process, 0 in the others; 0 in all if it cannot be read.
-    predicted = sum_over_processes(predicted).cpu()
-    scored = predicted > 0
+
+    def classify(places: Tensor) -> Tensor:
+        batch = validation.read(chosen[places]).of_expression
+        logits: Tensor = model(preprocessing.normalise(batch.images.to(device)))[:, :num_classes]
+        return logits.argmax(dim=1).masked_fill(put(batch.targets.sum(dim=1) == 0, device), IGNORE_LABEL)
+
+    predicted = predicted_classes(len(chosen), settings.batch_frames, classify)
+    scored = predicted != IGNORE_LABEL
     if not scored.any():
         raise DataError("None of the validation frames that score an epoch can be read.")
-    labels, found = validation.labels[chosen][scored].numpy(), predicted[scored].numpy() - 1
-    scores = expression_scores(labels, found, num_classes)
+    scores = expression_scores(validation.labels[chosen][scored].numpy(), predicted[scored].numpy(), num_classes)
     return {SCORE: scores.macro_f1, "accuracy": scores.accuracy}

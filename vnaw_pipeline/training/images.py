@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from vnaw_pipeline.config import FinetuneConfig, ImageLossConfig, PretrainConfig
 from vnaw_pipeline.losses.images import image_loss
 from vnaw_pipeline.losses.objectives import class_weights, jensen_shannon, prediction_memory, update_memory
-from vnaw_pipeline.processes import process_state
-from vnaw_pipeline.training.loop import Optimisation
+from vnaw_pipeline.processes import process_state, sum_over_processes
+from vnaw_pipeline.tasks import IGNORE_LABEL
+from vnaw_pipeline.training.loop import Optimisation, split_step
 
 Chosen = TypeVar("Chosen")
 Batch = TypeVar("Batch")
@@ -38,6 +39,7 @@ class LabelObjective:
 
     config: ImageLossConfig
     class_weights: Tensor | None
+    transition: Tensor | None
     memory: dict[str, Tensor]
     """For early-learning regularisation: 'predictions' (N, K), each image's moving average; else empty."""
 
@@ -56,6 +58,7 @@ class LabelObjective:
             progress,
             class_weights=self.class_weights,
             memory=rows,
+            transition=self.transition,
         )
         if self.config.consistency:
             mirrored = model(images.flip(-1))[:, : logits.shape[1]]
@@ -71,9 +74,9 @@ def label_objective(config: ImageLossConfig, targets: Tensor) -> LabelObjective:
         ConfigError: early-learning regularisation in several processes, each of which would remember a part.
     """
     weights = class_weights(targets.sum(dim=0), config.weighting)
-    if weights is not None:
-        weights = weights.to(process_state().device)
-    return LabelObjective(config, weights, prediction_memory(config, *targets.shape))
+    transition = None if config.transition is None else torch.tensor(config.transition)
+    weights, transition = (None if of is None else of.to(process_state().device) for of in (weights, transition))
+    return LabelObjective(config, weights, transition, prediction_memory(config, *targets.shape))
 
 
 def encoder_optimisation(settings: PretrainConfig | FinetuneConfig, steps_per_epoch: int, seed: int) -> Optimisation:
@@ -107,6 +110,26 @@ def read_ahead(read: Callable[[Chosen], Batch], chosen: Iterable[Chosen]) -> Ite
             waiting = following
         if waiting is not None:
             yield waiting.result()
+
+
+def own_batches(drawn: Tensor, batch: int) -> Iterator[Tensor]:
+    """This process's part of each optimiser step of an epoch's draws (N,)."""
+    state = process_state()
+    for step in drawn.tensor_split(-(-len(drawn) // batch)):
+        yield split_step(step, state.process_index, state.num_processes, accumulation=1)[0]
+
+
+def predicted_classes(count: int, batch: int, classify: Callable[[Tensor], Tensor]) -> Tensor:
+    """The class of each of `count` images, int64 (N,), worked out by one process and known to all.
+
+    `classify` gives the classes of the images at some places (B,), IGNORE_LABEL where one cannot be read.
+    """
+    state = process_state()
+    numbers = torch.zeros(count, dtype=torch.int64, device=state.device)  # 0: another process's, or not readable
+    mine = torch.arange(count)[state.process_index :: state.num_processes]
+    for places in torch.split(mine, batch) if len(mine) else ():  # more processes than images
+        numbers[places.to(state.device)] = classify(places) - IGNORE_LABEL
+    return sum_over_processes(numbers).cpu() + IGNORE_LABEL
 
 
 def vary_images(images: Tensor) -> Tensor:

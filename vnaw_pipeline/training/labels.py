@@ -19,6 +19,7 @@ from vnaw_pipeline.errors import DataError, StoreError
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.store import FeatureStore
 from vnaw_pipeline.features.views import PLAIN
+from vnaw_pipeline.losses.joint import annotated
 from vnaw_pipeline.manifests import read_labels
 from vnaw_pipeline.processes import process_state
 from vnaw_pipeline.provenance import digest_bytes
@@ -55,7 +56,7 @@ class LabelledBank:
         """0 for rows that are labelled for any task, for any of its action units, else IGNORE_LABEL; int64 (N + 1,)."""
         labelled = torch.zeros_like(self.bank.valid)
         for name, of_task in self.labels.items():
-            known = ~of_task.isnan() if TASKS[name].kind == "affect" else of_task != IGNORE_LABEL
+            known = annotated(of_task, TASKS[name])
             labelled |= known.flatten(1).any(dim=1) if known.ndim > 1 else known
         return torch.where(labelled, 0, IGNORE_LABEL)
 
@@ -67,8 +68,7 @@ class LabelledBank:
             if task.kind == "classes":
                 mean = F.one_hot(of_task[of_task != IGNORE_LABEL], len(task.outputs)).double().mean(dim=0)
             else:
-                values = of_task.double()
-                mean = values.masked_fill(values.isnan() | (of_task == task.unlabelled), torch.nan).nanmean(dim=0)
+                mean = of_task.double().masked_fill(~annotated(of_task, task), torch.nan).nanmean(dim=0)
             found += [round(value, 6) for value in mean.nan_to_num(0.0).tolist()]  # 0: a unit that is never annotated
         return found
 
@@ -90,13 +90,13 @@ def open_labelled_bank(
         StoreError: videos missing from the store, or of another length there.
     """
     of_tasks = {task.name: read_labels(videos, annotations_dir, task) for task in tasks} if len(videos) else {}
-    annotated = [video_id for video_id in videos.video_id if any(video_id in of for of in of_tasks.values())]
-    lengths = videos.num_frames[videos.video_id.isin(annotated)].tolist()
-    if not annotated:
+    video_ids = [video_id for video_id in videos.video_id if any(video_id in of for of in of_tasks.values())]
+    lengths = videos.num_frames[videos.video_id.isin(video_ids)].tolist()
+    if not video_ids:
         raise DataError(f"The manifest has no annotated videos in split '{split}'.")
     state = process_state()
-    bank = open_bank(store, annotated, shown=state.is_main_process, views=views, device=state.device, place=place)
-    for video_id, found, wanted in zip(annotated, bank.num_frames.tolist(), lengths, strict=True):
+    bank = open_bank(store, video_ids, shown=state.is_main_process, views=views, device=state.device, place=place)
+    for video_id, found, wanted in zip(video_ids, bank.num_frames.tolist(), lengths, strict=True):
         if found != wanted:
             raise StoreError(
                 f"{store.path} holds {found} frames of '{video_id}', the manifest {wanted}. Extract again."
@@ -108,6 +108,6 @@ def open_labelled_bank(
             if video_id in of_tasks[task.name]:
                 rows[start:stop] = of_tasks[task.name][video_id]
         row_labels[task.name] = torch.from_numpy(rows).to(state.device)
-        if (row_labels[task.name].isnan() if task.kind == "affect" else row_labels[task.name] == IGNORE_LABEL).all():
+        if not annotated(row_labels[task.name], task).any():
             raise DataError(f"No frame of the split '{split}' has a label for task '{task.name}'.")
     return LabelledBank(bank, row_labels)

@@ -122,7 +122,9 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
     optimiser = torch.optim.AdamW(groups, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay)
     average = copy.deepcopy(recipe.model).requires_grad_(False) if optimisation.ema_decay is not None else None
     progress = _resume(folder.last, recipe, optimiser, average)
-    model, optimiser = accelerator.prepare(recipe.model, optimiser)
+    agree({"epochs_done": progress.epochs_done})  # a run folder that is not the same one in all of them
+    # The optimiser's state is where it belongs; moved along, its counts of steps would be asked for in every step.
+    model, optimiser = accelerator.prepare(recipe.model, optimiser, device_placement=[True, False])
     if accelerator.scaler is not None and progress.scaler is not None:
         accelerator.scaler.load_state_dict(progress.scaler)
     remaining = (optimisation.epochs - progress.epochs_done) * optimisation.steps_per_epoch
@@ -286,9 +288,16 @@ def _training_state(
     tensors |= {f"{_MEMORY}{key}": value for key, value in recipe.memory.items()}
     if average is not None:
         tensors |= {f"{_AVERAGE}{key}": value for key, value in average.state_dict().items()}
+    names = _optimised(model, optimiser)
     for index, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"{_OPTIMISER}{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+        tensors |= {f"{_OPTIMISER}{names[index]}.{key}": torch.as_tensor(value) for key, value in state.items()}
     return tensors
+
+
+def _optimised(model: nn.Module, optimiser: Any) -> list[str]:
+    """Names of the optimiser's parameters, in its order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimiser.param_groups for parameter in group["params"]]
 
 
 def _save(
@@ -331,14 +340,20 @@ def _resume(
     def part(prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
-    recipe.model.load_state_dict(part(_MODEL))
-    if average is not None:
-        average.load_state_dict(part(_AVERAGE))
+    place_of = {name: place for place, name in enumerate(_optimised(recipe.model, optimiser))}
+    state: dict[int, dict[str, Tensor]] = {}
+    try:
+        recipe.model.load_state_dict(part(_MODEL))
+        if average is not None:
+            average.load_state_dict(part(_AVERAGE))
+        for key, value in part(_OPTIMISER).items():
+            name, _, what = key.rpartition(".")
+            state.setdefault(place_of[name], {})[what] = value
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} was not written by this version of the program. Give a new run folder, or --overwrite."
+        ) from error
     for key, value in part(_MEMORY).items():
         recipe.memory[key].copy_(value)
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in part(_OPTIMISER).items():
-        index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = value
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
     return _Progress(header["epochs_done"], header["history"], header["best_score"], header["scaler"])
