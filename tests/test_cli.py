@@ -60,7 +60,7 @@ FROZEN_OPTIONS = {
     "export": {"--store", "--out", "--layout", "--manifest"},
     "train": {"--manifest", "--annotations", "--store", "--run-dir", "--config", "--set", "--fold", "--overwrite"},
     "predict": {"--manifest", "--store", "--run-dir", "--split", "--set", "--tuned", "--predictions"},
-    "tune": {"--manifest", "--annotations", "--run-dir", "--split", "--predictions"},
+    "tune": {"--manifest", "--annotations", "--run-dir", "--predictions"},
     "combine": {"--run-dir", "--how", "--out", "--split", "--tuned"},
     "evaluate": {
         "--manifest",
@@ -167,7 +167,6 @@ WRONG = {
     "no such store": ("train", ["--store", "{tmp}/nowhere"], "There is no feature store at"),
     "a file as store": ("predict", ["--store", "{tmp}/text.mp4"], "There is no feature store at"),
     "no such run": ("predict", ["--run-dir", "{tmp}/nowhere"], "is not a run folder"),
-    "tuning on test": ("tune", ["--split", "test"], "'test' has no labels"),
     "tuned before tuning": ("predict", ["--run-dir", "{tmp}/untuned", "--tuned"], "Make it with `vnaw tune`"),
     "a cascade of what is none": ("combine", ["--how", "hard"], "one run of coarse5 and one of negative4"),
     "a run's own value": ("predict", ["--set", "windows.predict_stride=1"], "takes values of the section predict only"),
@@ -244,7 +243,7 @@ def test_a_full_disk_is_one_message_and_the_rerun_goes_on(
     assert "Traceback" not in full.stderr
     again = vnaw(*line[3:])
     assert again.returncode == 0, again.stderr
-    assert "0 videos with failures" in again.stdout
+    assert "0 with failures" in again.stdout
 
 
 def test_output_that_cannot_be_written_is_one_message(drawn: DrawnData, tmp_path: Path) -> None:

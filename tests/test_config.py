@@ -44,6 +44,9 @@ def test_overrides_change_one_value() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["predict.further_smooth.au.foo=1"], r"unknown key 'predict.further_smooth.au.foo'. Known here: kind, half_"),
+        (["pretrain.loss.weighting=class"], "sampling 'balanced' would both make up for the sizes of the classes"),
+        (["finetune.loss.weighting=complement"], "the frames are drawn class by class already"),
         (["train.epocs=5"], r"unknown key 'train.epocs'. Known here: epochs, "),
         (["trian.epochs=5"], r"unknown key 'trian'. Known here: task, further_tasks, seed, "),
         (["windows.skip.share=[0.4,0.2]"], r"'windows.skip' = .*two ascending numbers"),

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import signal
+import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -508,7 +510,7 @@ def test_a_folder_with_a_bad_file_among_good_ones(tmp_path: Path) -> None:
     assert sum(line.startswith("a: person 1: 0:00 ") for line in lines) == 1
     assert any(line.startswith("c: person 1: ") and "0:00" not in line for line in lines)
     assert "shares of the work" in lines[-2]
-    assert lines[-1].startswith("infer: 2 inputs done, 0 skipped, 2 videos with failures")
+    assert lines[-1].startswith("infer: 2 inputs done, 0 skipped, 2 with failures")
     assert {path.name for path in (tmp_path / "out" / "c").iterdir()} == {
         *("annotated.png", "frames.csv", "frames.json", "summary.txt")
     }
@@ -520,6 +522,7 @@ BAD = {
     "sound only": ("sound.m4a", "holds no video stream"),
     "no frames": ("empty.mp4", "cannot be read as a video"),
     "empty image": ("empty.png", "cannot be read as an image"),
+    "image of an impossible size": ("huge.png", "cannot be read as an image"),
 }
 
 
@@ -528,6 +531,9 @@ def test_bad_input_is_one_line(case: str, tmp_path: Path) -> None:
     name, words = BAD[case]
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "empty.png").write_bytes(b"")
+    header = struct.pack(">4sIIBBBBB", b"IHDR", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
     with av.open(str(tmp_path / "sound.m4a"), "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=8000, layout="mono")
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), "fltp", "mono")

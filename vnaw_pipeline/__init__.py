@@ -1,6 +1,6 @@
 """Facial expressions in video: embeddings once, temporal Transformers in minutes, noise-aware weighting.
 
-Every stage is a function with its command's name, and a store, a bank and a run open in one line each. They are
+Every stage is a function, and a store, a bank and a run open in one line each. They are
 imported when first used, so `import vnaw_pipeline` costs nothing.
 """
 

@@ -71,7 +71,7 @@ def scan_annotation(path: Path, task: Task) -> tuple[Labels | None, list[LinePro
             return None, problems
     if len(lines) == 1 and not problems:
         problems.append(LineProblem(None, "there is a header but no row; expected one row a frame"))
-    values = _parse_rows(lines[1:], _columns(task), _number(task))
+    values = _parse_rows(lines[1:], task.num_fields, _number(task))
     reported = {problem.line for problem in problems}
     for row in np.flatnonzero(~_allowed(values, task).all(axis=1)):
         line = int(row) + 2
@@ -102,7 +102,7 @@ def write_annotation(path: Path, labels: Labels, task: Task) -> None:
     """
     if task.from_expr8 is not None:
         raise DataError(f"Task {task.name} is derived from expr8 and has no annotation files; write expr8 labels.")
-    columns = _columns(task)
+    columns = task.num_fields
     values = labels[:, None] if labels.ndim == 1 else labels
     if task.kind == "affect":
         values = np.where(np.isnan(values), np.float32(task.not_annotated), values.astype(np.float32))
@@ -123,10 +123,6 @@ def labelled(labels: Labels) -> npt.NDArray[np.bool_]:
 
 def _header(task: Task) -> str:
     return ",".join(task.header)
-
-
-def _columns(task: Task) -> int:
-    return 1 if task.kind == "classes" else len(task.header)
 
 
 def _number(task: Task) -> type[int] | type[float]:
@@ -191,7 +187,7 @@ def _expected(task: Task) -> str:
 
 
 def _row_problem(line: str, task: Task) -> str:
-    columns, found = _columns(task), line.count(",") + 1
+    columns, found = task.num_fields, line.count(",") + 1
     if not line.strip():
         return "the line is blank; expected a row for this frame"
     if found != columns:

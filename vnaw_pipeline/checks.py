@@ -21,8 +21,8 @@ from vnaw_pipeline.layouts import (
     recorded_frame_count,
     video_frame_count,
 )
-from vnaw_pipeline.manifests import SPLITS, row_problems, scan_manifest
-from vnaw_pipeline.tasks import SPLIT_DIRS, Task
+from vnaw_pipeline.manifests import row_problems, scan_manifest
+from vnaw_pipeline.tasks import SPLIT_DIRS, SPLITS, Task
 from vnaw_pipeline.template import read_template, template_task
 from vnaw_pipeline.textlines import LineProblem, located
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vnaw_pipeline.errors import ConfigError, PipelineError
-from vnaw_pipeline.tasks import TASKS, Task
+from vnaw_pipeline.tasks import TASKS, Split, Task
 
 if TYPE_CHECKING:
     from vnaw_pipeline.checks import Problem
@@ -28,8 +28,24 @@ app = typer.Typer(
     help="Facial expressions in video: crops, embeddings once, temporal models in minutes, predictions per frame.",
 )
 
+_IN_PROCESSES = ("pretrain", "finetune", "extract", "train", "predict")
+
+
+@app.callback()
+def _refuse_launcher(context: typer.Context) -> None:
+    """Several processes would each do the whole of a command that does not share its work."""
+    if context.invoked_subcommand not in _IN_PROCESSES and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"vnaw {context.invoked_subcommand} runs in one process; start it without a launcher.")
+
+
 Manifest = Annotated[Path, typer.Option(help="Manifest of videos (CSV).", exists=True, dir_okay=False)]
 Annotations = Annotated[Path, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)]
+SomeAnnotations = Annotated[
+    Path | None, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)
+]
+VideoFiles = Annotated[
+    Path | None, typer.Option(help="Folder of video files; gives frame counts.", exists=True, file_okay=False)
+]
 Crops = Annotated[Path, typer.Option(help="Folder that the manifest's crops lie under.", exists=True, file_okay=False)]
 SomeCrops = Annotated[
     Path | None,
@@ -46,7 +62,7 @@ Predictions = Annotated[
 Run = Annotated[Path, typer.Option("--run-dir", help="Run folder.")]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", help="YAML configuration; without it, the paper's sizes.", exists=True, dir_okay=False),
+    typer.Option("--config", help="YAML configuration; without it, the defaults.", exists=True, dir_okay=False),
 ]
 Fold = Annotated[int | None, typer.Option(help="Validate on this fold of the manifest.", min=0)]
 Overrides = Annotated[
@@ -56,7 +72,6 @@ ExperimentOut = Annotated[Path, typer.Option(help="Folder for the runs and the t
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start afresh instead of going on.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read encoder.weights from a .pth file.")]
 Tuned = Annotated[bool, typer.Option("--tuned", help="Finish the answers as the run's `vnaw tune` found best.")]
-Split = Literal["train", "validation", "test"]
 
 
 def _task_named(name: str) -> Task:
@@ -88,7 +103,6 @@ def demo(
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.demo import DEMO_CONFIG, run_demo
 
-    _only_alone("demo")
     run_demo(work_dir, load_config(config or DEMO_CONFIG, overrides), typer.echo)
 
 
@@ -96,9 +110,7 @@ def demo(
 def manifest(
     out: Annotated[Path, typer.Option(help="Manifest to write (CSV).", dir_okay=False)],
     crops: SomeCrops = None,
-    annotations: Annotated[
-        Path | None, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)
-    ] = None,
+    annotations: SomeAnnotations = None,
     tasks: Tasks = None,
     test_list: Annotated[
         Path | None, typer.Option(help="List of test videos, a name a line.", exists=True, dir_okay=False)
@@ -106,9 +118,7 @@ def manifest(
     template: Annotated[
         Path | None, typer.Option(help="Submission template; gives test lengths.", exists=True, dir_okay=False)
     ] = None,
-    videos: Annotated[
-        Path | None, typer.Option(help="Folder of video files; gives frame counts.", exists=True, file_okay=False)
-    ] = None,
+    videos: VideoFiles = None,
     folds: Annotated[int, typer.Option(help="Number of 7:3 folds by source video; 0: none.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the folds.", min=0)] = 0,
 ) -> None:
@@ -132,14 +142,10 @@ def manifest(
 def check(
     manifest: Manifest,
     crops: SomeCrops = None,
-    annotations: Annotated[
-        Path | None, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)
-    ] = None,
+    annotations: SomeAnnotations = None,
     tasks: Tasks = None,
     template: Annotated[Path | None, typer.Option(help="Submission template.", exists=True, dir_okay=False)] = None,
-    videos: Annotated[
-        Path | None, typer.Option(help="Folder of video files; gives frame counts.", exists=True, file_okay=False)
-    ] = None,
+    videos: VideoFiles = None,
 ) -> None:
     """List every problem of manifest, annotations and crops. With file and line; images are not opened."""
     from vnaw_pipeline.checks import check_manifest
@@ -164,7 +170,6 @@ def crop(
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.crops.extract import extract_crops
 
-    _only_alone("crop")
     _finish(extract_crops(videos, out, load_config(config, overrides).crop, overwrite))
 
 
@@ -239,7 +244,6 @@ def import_(
     """Take over embeddings of another program into a feature store."""
     from vnaw_pipeline.features.exchange import import_features
 
-    _only_alone("import")
     _finish(import_features(manifest, features, store))
 
 
@@ -257,7 +261,6 @@ def export(
     """Write a store's embeddings as NumPy or HDF5 files."""
     from vnaw_pipeline.features.exchange import export_features
 
-    _only_alone("export")
     _finish(export_features(store, out, layout, manifest))
 
 
@@ -290,7 +293,7 @@ def predict(
     tuned: Tuned = False,
     predictions: Predictions = None,
 ) -> None:
-    """Write a row per frame of a split's videos, into the run folder or elsewhere."""
+    """Write a row per frame of a split's videos. Into the run folder, or elsewhere."""
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.prediction.predict import predict_videos
     from vnaw_pipeline.prediction.tables import open_predicted
@@ -311,14 +314,12 @@ def tune(
     manifest: Manifest,
     annotations: Annotations,
     run: Run,
-    split: Annotated[Split, typer.Option(help="Split to tune on; validation only.")] = "validation",
     predictions: Predictions = None,
 ) -> None:
     """Tune smoothing, bias and thresholds on validation predictions. `--tuned` then uses them."""
     from vnaw_pipeline.prediction.tune import tune_run
 
-    _only_alone("tune")
-    _finish(tune_run(manifest, annotations, run, split, predictions))
+    _finish(tune_run(manifest, annotations, run, predictions))
 
 
 @app.command()
@@ -335,16 +336,13 @@ def combine(
     """Combine several runs into one, as an ensemble or a cascade."""
     from vnaw_pipeline.prediction.combine import combine_runs
 
-    _only_alone("combine")
     _finish(combine_runs(runs, how, out, split, tuned=tuned))
 
 
 @app.command()
 def evaluate(
     manifest: Annotated[Path | None, typer.Option(help="Manifest of videos.", exists=True, dir_okay=False)] = None,
-    annotations: Annotated[
-        Path | None, typer.Option(help="Folder of the challenge's annotations.", exists=True, file_okay=False)
-    ] = None,
+    annotations: SomeAnnotations = None,
     run: Annotated[Path | None, typer.Option("--run-dir", help="Run folder with predictions.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Encoder with a head: a name that ships, or a file.")] = None,
     faces: Annotated[Path | None, typer.Option(help="Set of static faces to score the encoder on.")] = None,
@@ -358,7 +356,6 @@ def evaluate(
     from vnaw_pipeline.prediction.tables import open_predicted
     from vnaw_pipeline.provenance import write_json
 
-    _only_alone("evaluate")
     if encoder is not None and faces is not None and manifest is annotations is run is None:
         _evaluate_encoder(encoder, faces, split, json_file)
         return
@@ -389,7 +386,6 @@ def crossval(
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.experiments import cross_validate
 
-    _only_alone("crossval")
     _finish(cross_validate(manifest, annotations, store, out, load_config(config, overrides)))
 
 
@@ -407,7 +403,6 @@ def ablate(
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.experiments import ablate as ablate_recipes
 
-    _only_alone("ablate")
     _finish(ablate_recipes(manifest, annotations, store, out, load_config(config, overrides), seed))
 
 
@@ -424,7 +419,6 @@ def cascade(
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.experiments import cascade as train_cascade
 
-    _only_alone("cascade")
     _finish(train_cascade(manifest, annotations, store, out, load_config(config, overrides)))
 
 
@@ -453,7 +447,8 @@ def infer(
     inputs: Annotated[list[Path] | None, typer.Argument(help="Videos, images, or folders of them.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results, one folder in it per input.")] = Path("infer_out"),
     encoder: Annotated[
-        str | None, typer.Option(help="Encoder weights that ship, by name, or a file of `vnaw pretrain` or `finetune`.")
+        str | None,
+        typer.Option(help="Encoder that ships, by name, or a weights file; without it, the config's, else fer_lite0."),
     ] = None,
     run: Annotated[
         Path | None, typer.Option("--run-dir", help="Run of `vnaw train` that reads the embeddings.")
@@ -475,7 +470,6 @@ def infer(
         raise ConfigError(
             f"--set {of_encoder[0]}: of which encoder? Set encoder.name and encoder.weights, not --encoder."
         )
-    _only_alone("infer")
     opened = open_run(run) if run is not None else None
     if config is None and opened is not None:
         config = opened.folder.config
@@ -487,7 +481,7 @@ def infer(
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Measurements; without any, all.")] = None,
     work_dir: Annotated[Path, typer.Option(help="Folder for synthetic data, removed as it goes.")] = Path("bench_run"),
-    quick: Annotated[bool, typer.Option("--quick", help="All of it small, in five minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="All of it small, in about seven minutes.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here too, as they are found.", dir_okay=False)
     ] = None,
@@ -498,7 +492,6 @@ def bench(
     from vnaw_pipeline.bench.size import FULL, QUICK
     from vnaw_pipeline.provenance import write_json
 
-    _only_alone("bench")
     figures = []
     for figure in run_bench(work_dir, QUICK if quick else FULL, names or []):
         typer.echo(f"{figure.name}: {figure.value:.4g} ({figure.detail})", err=True)
@@ -523,12 +516,6 @@ def _evaluate_encoder(encoder: str, faces: Path, split: Split, json_file: Path |
 def _print_problems(problems: "list[Problem]") -> None:
     for problem in problems:
         typer.echo(str(problem))
-
-
-def _only_alone(command: str) -> None:
-    """Refuse several processes where a command would do everything in each of them."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"vnaw {command} runs in one process; start it without a launcher.")
 
 
 def _finish(report: "StageReport") -> None:

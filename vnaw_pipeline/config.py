@@ -98,7 +98,8 @@ class ExtractConfig(_Section):
     decode_threads: int = Field(default=2, gt=0)
     """Threads that decode crops while the encoder works."""
     crop_set: str | None = None
-    """A name for these crops in the fingerprint. null: from `crops.json` of `vnaw crop`, else 'unnamed'."""
+    """A name for these crops in the fingerprint. null: the one in `crops.json` of `vnaw crop`, else the names of the
+    folders that the crops lie in, such as `cropped_aligned`."""
     views: tuple[Annotated[str, Field(pattern=r"^(plain|mirror|erase(0|[1-9][0-9]*))$")], ...] = ("plain",)
     """What is encoded of every frame: `plain`, the encoder's input as it is, always; `mirror`, its mirror image;
     `erase0`, `erase1` ..., each with other pixels erased. A store may get further views later."""
@@ -359,7 +360,8 @@ class TrainConfig(_Section):
     batch_windows: int = Field(default=64, gt=0)
     """Windows per optimiser step, over all processes."""
     accumulation: int = Field(default=1, gt=0)
-    """Forward passes a step is split into; the result is the same, the memory smaller."""
+    """Forward passes a step is split into, which take less memory; the result is the same (but for `elr`, whose memory
+    moves with each of them)."""
     windows_per_epoch: int | None = Field(default=None, gt=0)
     """Draws per epoch; null: as many as there are training windows."""
     sampling: Literal["balanced", "square-root", "uniform"] = "balanced"

@@ -37,12 +37,11 @@ from vnaw_pipeline.layouts import (
     video_frame_count,
 )
 from vnaw_pipeline.provenance import write_text
-from vnaw_pipeline.tasks import Task
+from vnaw_pipeline.tasks import SPLITS, Task
 from vnaw_pipeline.template import read_template, template_task
 from vnaw_pipeline.textlines import LineProblem, located, read_lines, shortened
 
 COLUMNS = ("video_id", "split", "num_frames", "crops", "annotation", "fold", "source_video")
-SPLITS = ("train", "validation", "test")
 
 _LOG = logging.getLogger(__name__)
 

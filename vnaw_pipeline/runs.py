@@ -10,7 +10,7 @@ import pandas as pd
 from pydantic import ValidationError
 from torch import nn
 
-from vnaw_pipeline.checkpoints import load_tensors
+from vnaw_pipeline.checkpoints import load_tensors, read_header
 from vnaw_pipeline.config import PipelineConfig, dump_config, load_config
 from vnaw_pipeline.errors import CheckpointError, DataError
 from vnaw_pipeline.features.store import FeatureStore, what_to_set
@@ -143,6 +143,25 @@ def run_folder(path: str | Path, predictions: str | Location | None = None) -> R
     return RunFolder(Path(path), None if predictions is None else location(predictions))
 
 
+def read_run(folder: RunFolder) -> tuple[PipelineConfig, dict[str, Any]]:
+    """Config and header of a trained run's best checkpoint.
+
+    Raises:
+        CheckpointError: none is there, or one of something else or of another version.
+    """
+    if not folder.config.is_file():
+        raise CheckpointError(f"{folder.path} is not a run folder: it has no config.yaml. Make one with `vnaw train`.")
+    header = read_header(folder.best)
+    if header.get("kind") != "temporal":
+        raise CheckpointError(
+            f"{folder.best} is not there, or not the checkpoint of a temporal model. Make it with `vnaw train`."
+        )
+    try:
+        return PipelineConfig.model_validate(header["config"]), header
+    except (ValidationError, KeyError) as error:
+        raise CheckpointError(f"{folder.best} was not written by this version of the program: {error}") from error
+
+
 def open_run(path: str | Path, predictions: str | Location | None = None) -> Run:
     """Open a run folder's best model; its tables lie in `predictions` if not in the run folder.
 
@@ -155,19 +174,12 @@ def open_run(path: str | Path, predictions: str | Location | None = None) -> Run
             f"{folder.path} is a composed run, which has no model of its own. Predict with each of its members, then "
             "run `vnaw combine` for that split."
         )
-    if not folder.config.is_file():
-        raise CheckpointError(f"{folder.path} is not a run folder: it has no config.yaml. Make one with `vnaw train`.")
-    tensors, header = load_tensors(folder.best)
-    if header.get("kind") != "temporal":
-        raise CheckpointError(f"{folder.best} is not the checkpoint of a temporal model ({header.get('kind')!r}).")
+    config, header = read_run(folder)
+    tensors, _ = load_tensors(folder.best)
     try:
-        config = PipelineConfig.model_validate(header["config"])
         num_outputs = sum(len(task.outputs) for task in config.tasks)
         model = TemporalModel(header["embedding_dim"], num_outputs, config.temporal)
-    except (ValidationError, KeyError) as error:
-        raise CheckpointError(f"{folder.best} was not written by this version of the program: {error}") from error
-    try:
         model.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder.best} does not fit the config it carries: {error}") from error
     return Run(folder, TASKS[config.task], config, model.eval(), header)

@@ -33,7 +33,7 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class Failure:
-    """One thing a stage could not do: which video, which frame (None: the whole video), and why."""
+    """One thing a stage could not do: which video (or image, or face), which frame (None: all of it), and why."""
 
     video_id: str
     frame_index: int | None
@@ -64,9 +64,8 @@ class StageReport:
 
     def summary(self) -> str:
         """The stage's last line: done, skipped, failed, rate, time."""
-        failed_videos = len({failure.video_id for failure in self.failures})
         parts = [f"{self.stage}: {self.done} {self.units} done", f"{self.skipped} skipped"]
-        failed = f"{failed_videos} videos with failures"
+        failed = f"{len({failure.video_id for failure in self.failures})} with failures"
         if self.failures and self.status_path is not None:
             failed += f" (see {self.status_path})"
         parts.append(failed)

@@ -50,6 +50,11 @@ class Task:
         return ",".join(("image_location", *self.header))
 
     @property
+    def num_fields(self) -> int:
+        """Values of one frame in the challenge's files: one class (their header names eight), else one a column."""
+        return 1 if self.kind == "classes" else len(self.header)
+
+    @property
     def prediction_columns(self) -> list[str]:
         """Columns of the prediction table, in the order of `outputs`: `valence` and `arousal`, else `p_neutral` ..."""
         return list(self.outputs) if self.kind == "affect" else [f"p_{name.lower()}" for name in self.outputs]
@@ -133,5 +138,7 @@ def output_columns(tasks: Sequence[Task]) -> dict[TaskName, slice]:
     return columns
 
 
-SPLIT_DIRS = {"train": "Train_Set", "validation": "Validation_Set"}
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SPLIT_DIRS: dict[str, str] = {"train": "Train_Set", "validation": "Validation_Set"}
 """Manifest split -> folder of the challenge's annotation tree. The test split has no annotations."""

@@ -27,11 +27,6 @@ class Template(NamedTuple):
         return {str(video_id): int(frame_index) + 1 for video_id, frame_index in highest.items()}
 
 
-def answer_fields(task: Task) -> int:
-    """Values on a line after its image: one class for expressions (their header names eight), else one a column."""
-    return 1 if task.kind == "classes" else len(task.header)
-
-
 def template_task(path: Path, tasks: Sequence[Task]) -> Task:
     """Which of the tasks a template is of, by its header.
 
@@ -80,7 +75,7 @@ def _header_problems(header: str, tasks: Sequence[Task]) -> list[LineProblem]:
 
 
 def _parse(lines: list[str], task: Task) -> tuple[pd.DataFrame, list[LineProblem]]:
-    fields = answer_fields(task)
+    fields = task.num_fields
     videos: list[str] = []
     frames: list[int] = []
     problems: list[LineProblem] = []

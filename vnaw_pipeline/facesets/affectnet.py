@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from vnaw_pipeline.errors import DataError
-from vnaw_pipeline.facesets.faces import FaceSet, Split, codes_of, one_vote
+from vnaw_pipeline.facesets.faces import FaceSet, codes_of, one_vote
 from vnaw_pipeline.facesets.images import FolderListings, read_image
 from vnaw_pipeline.facesets.tables import Names, Problems, Table, split_fields, table_of, whole_number
+from vnaw_pipeline.tasks import Split
 from vnaw_pipeline.textlines import shortened
 
 _CODES = codes_of("Neutral", "Happiness", "Sadness", "Surprise", "Fear", "Disgust", "Anger", "Other")

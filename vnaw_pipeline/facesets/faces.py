@@ -13,7 +13,6 @@ from vnaw_pipeline.crops.video import Rgb
 from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL
 
-Split = Literal["train", "validation", "test"]
 LabelSource = Literal["single", "majority", "votes"]
 VOTE_COLUMNS = len(EXPRESSIONS) + 2
 """The expressions, 'unknown' and 'no face'."""

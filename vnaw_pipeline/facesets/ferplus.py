@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from vnaw_pipeline.crops.video import Rgb
 from vnaw_pipeline.errors import DataError
-from vnaw_pipeline.facesets.faces import VOTE_COLUMNS, FaceSet, Split, codes_of, one_vote
+from vnaw_pipeline.facesets.faces import VOTE_COLUMNS, FaceSet, codes_of, one_vote
 from vnaw_pipeline.facesets.images import FolderListings, read_image
 from vnaw_pipeline.facesets.tables import Names, Problems, Table, read_table, whole_number
-from vnaw_pipeline.tasks import IGNORE_LABEL
+from vnaw_pipeline.tasks import IGNORE_LABEL, Split
 from vnaw_pipeline.textlines import shortened
 
 VOTES_NAME, LABELS_NAME = "fer2013new.csv", "fer2013.csv"

@@ -17,7 +17,7 @@ from vnaw_pipeline.facesets.affectnet import (
     read_affectnet_table,
     read_affectnet_tables,
 )
-from vnaw_pipeline.facesets.faces import VOTE_COLUMNS, FaceSet, Split
+from vnaw_pipeline.facesets.faces import VOTE_COLUMNS, FaceSet
 from vnaw_pipeline.facesets.ferplus import (
     FER2013_CODES,
     LABELS_NAME,
@@ -29,7 +29,7 @@ from vnaw_pipeline.facesets.ferplus import (
 )
 from vnaw_pipeline.facesets.rafdb import find_rafdb, read_rafdb
 from vnaw_pipeline.facesets.tables import Problems
-from vnaw_pipeline.tasks import IGNORE_LABEL
+from vnaw_pipeline.tasks import IGNORE_LABEL, Split
 
 
 class _Layout(NamedTuple):

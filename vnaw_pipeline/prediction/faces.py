@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 
 from vnaw_pipeline.errors import CheckpointError, DataError
-from vnaw_pipeline.facesets.faces import FaceSet, Split
+from vnaw_pipeline.facesets.faces import FaceSet
 from vnaw_pipeline.facesets.read import read_faces
 from vnaw_pipeline.features.backends import make_encode, one_core_per_forward, resolve_arithmetic
 from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_encoder
 from vnaw_pipeline.metrics import ExpressionScores, expression_scores
 from vnaw_pipeline.processes import process_state
-from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL
+from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL, Split
 
 _BATCH_FACES = 64
 

@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from pydantic import ValidationError
 
-from vnaw_pipeline.checkpoints import read_header
-from vnaw_pipeline.config import PipelineConfig, PredictConfig
+from vnaw_pipeline.config import PredictConfig
 from vnaw_pipeline.errors import CheckpointError, DataError
 from vnaw_pipeline.locations import Location
 from vnaw_pipeline.prediction.finish import finish_answers
 from vnaw_pipeline.prediction.predict import MADE_BY, read_predictions
 from vnaw_pipeline.provenance import digest_bytes
-from vnaw_pipeline.runs import RunFolder, run_folder
+from vnaw_pipeline.runs import RunFolder, read_run, run_folder
 from vnaw_pipeline.tasks import TASKS, Task
 
 TUNED = "tuned.json"
@@ -93,15 +91,7 @@ def open_predicted(path: str | Path, predictions: str | Location | None = None) 
         tasks = tuple(TASKS[name] for name in content["tasks"])
         without_any = np.asarray(content["without_any"], np.float32)
         return PredictedRun(folder, tasks, PredictConfig(), content["fold"], without_any, digest)
-    if not folder.config.is_file():
-        raise CheckpointError(f"{folder.path} is not a run folder: it has no config.yaml. Make one with `vnaw train`.")
-    header = read_header(folder.best)
-    if header.get("kind") != "temporal":
-        raise CheckpointError(f"{folder.best} is not there or not a temporal model. Train the run with `vnaw train`.")
-    try:
-        config = PipelineConfig.model_validate(header["config"])
-    except (ValidationError, KeyError) as error:
-        raise CheckpointError(f"{folder.best} was not written by this version of the program: {error}") from error
+    config, header = read_run(folder)
     without_any = np.asarray(header["without_any"], np.float32)
     digest = digest_bytes(folder.best.read_bytes())
     return PredictedRun(folder, config.tasks, config.predict, header["fold"], without_any, digest)

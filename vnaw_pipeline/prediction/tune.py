@@ -36,6 +36,7 @@ HALF_WIDTHS = (3, 10, 20, 50, 100)
 SHARES = (0.5, 0.8)
 """Shares of the mean to choose from, for smooth predicting; 1 is the mean itself."""
 _PARTS = 5
+_SPLIT = "validation"
 _DECISIONS = {"classes": "bias", "units": "thresholds"}
 
 
@@ -69,35 +70,30 @@ def tune_run(
     manifest: Path | pd.DataFrame,
     annotations_dir: Path,
     run_dir: Path,
-    split: str = "validation",
     predictions: str | Location | None = None,
 ) -> StageReport:
-    """Tune what happens after the model, for a trained or composed run; `predict` and `combine` use it when asked.
+    """Tune what happens after the model on the validation videos (of a fold's run, the fold's), for a trained or
+    composed run; `predict` and `combine` use it when asked.
 
     `predictions` None: the run's own folder of tables; else another one, or `s3://...`.
 
     Raises:
-        DataError: another split than validation; tables or labels that are missing or do not fit each other.
+        DataError: tables or labels that are missing or do not fit each other.
     """
     started = time.monotonic()
-    if split != "validation":
-        why = "has no labels" if split == "test" else "is what the model learnt by heart"
-        raise DataError(
-            f"The split '{split}' {why}; tuning is done on 'validation' only (of a fold's run, the fold's)."
-        )
     run = open_predicted(run_dir, predictions)
     videos = read_manifest(manifest)
-    videos = videos[fold_split(videos, run.fold)["split"] == split]
+    videos = videos[fold_split(videos, run.fold)["split"] == _SPLIT]
     if videos.empty:
-        raise DataError(f"The manifest has no videos in split '{split}' to tune on.")
+        raise DataError(f"The manifest has no videos in split '{_SPLIT}' to tune on.")
     source_videos = dict(zip(videos["video_id"], videos["source_video"], strict=True))
     tunings, tuned_on = {}, {}
     for task, columns in zip(run.tasks, output_columns(run.tasks).values(), strict=True):
         labels = read_labels(videos, annotations_dir, task)
         annotated = sum(int(labelled(of_video).sum()) for of_video in labels.values())
         if not annotated:
-            raise DataError(f"No frame of the split '{split}' has a label for task '{task.name}' to tune on.")
-        raw = run.table(split, task, raw=True)
+            raise DataError(f"No frame of the split '{_SPLIT}' has a label for task '{task.name}' to tune on.")
+        raw = run.table(_SPLIT, task, raw=True)
         tuning_videos = _tuning_videos(raw, labels, source_videos, task)
         untuned = run.predict.of_task(task.name)
         tunings[task] = tune(
@@ -110,7 +106,7 @@ def tune_run(
         {
             "predict": _joined(tunings).model_dump(mode="json", exclude={"batch_windows", "precision"}),
             "digest": run.digest,
-            "tuned_on": {"split": split, "fold": run.fold, **tuned_on},
+            "tuned_on": {"split": _SPLIT, "fold": run.fold, **tuned_on},
             "score": {
                 task.name: {
                     "metric": task.metric,
@@ -124,7 +120,7 @@ def tune_run(
             "written": utc_now(),
         },
     )
-    _note_in_record(run, split)
+    _note_in_record(run)
     return StageReport(
         "tune",
         done=len(videos),
@@ -251,9 +247,9 @@ def _tuning_videos(
     return videos
 
 
-def _note_in_record(run: PredictedRun, split: str) -> None:
+def _note_in_record(run: PredictedRun) -> None:
     path = run.folder.path / "record.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     fold = "" if run.fold is None else f" of fold {run.fold}"
-    note = f"smoothing, bias and thresholds on the labels of the {split} videos{fold}, see {TUNED}"
+    note = f"smoothing, bias and thresholds on the labels of the {_SPLIT} videos{fold}, see {TUNED}"
     write_json(path, {**record, "tuned": {**record.get("tuned", {}), "answers": note}})

@@ -31,7 +31,7 @@ _HEAD_DEPTH = 30.0
 _STEPS = np.linspace(0.0, 1.0, 9)
 _ARC_BASIS = np.column_stack([(1 - _STEPS) ** 2, 2 * _STEPS * (1 - _STEPS), _STEPS**2])  # quadratic Bezier
 _TURNS = np.linspace(0.0, 2 * np.pi, 24, endpoint=False)
-_CIRCLE = np.column_stack([np.cos(_TURNS), np.sin(_TURNS)])
+CIRCLE = np.column_stack([np.cos(_TURNS), np.sin(_TURNS)])
 _FINE_TURNS = np.linspace(0.0, 2 * np.pi, 40, endpoint=False)
 _OUTLINE_X, _OUTLINE_Y = np.cos(_FINE_TURNS), np.sin(_FINE_TURNS)
 _CONTOURS = frozenset({"outline", "hair_back"})
@@ -122,7 +122,7 @@ def _lay_out_eyes(layout: _Layout, identity: Identity, units: Units, gaze: tuple
         layout.ovals["lens" + name] = Oval(x, y + 2.0, 14.0, 11.0)
         centre = np.array([x + 2.6 * gaze[0], y - 0.6 + 1.4 * gaze[1]])
         for part, radius in (("iris", 3.6 * scale), ("pupil", 1.6 * scale)):
-            disc = centre + radius * _CIRCLE
+            disc = centre + radius * CIRCLE
             # The lids are parabolas over x; a disc clipped to them never shows on the skin.
             position = np.clip((disc[:, 0] - inner[0]) / (outer[0] - inner[0]), 0.0, 1.0)
             chord, bulge = inner[1] + (outer[1] - inner[1]) * position, 4.0 * position * (1.0 - position)
@@ -204,7 +204,7 @@ def _evaluated(layout: _Layout) -> dict[str, FloatArray]:
     through[:, 1] = 2 * through[:, 1] - (through[:, 0] + through[:, 2]) / 2  # the point halfway -> control point
     ovals = np.array(list(layout.ovals.values()))
     arc_points = _ARC_BASIS @ through
-    oval_points = ovals[:, None, :2] + ovals[:, None, 2:] * _CIRCLE
+    oval_points = ovals[:, None, :2] + ovals[:, None, 2:] * CIRCLE
     return {
         **dict(zip(layout.arcs, arc_points, strict=True)),
         **dict(zip(layout.ovals, oval_points, strict=True)),

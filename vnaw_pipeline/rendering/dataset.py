@@ -27,11 +27,11 @@ from vnaw_pipeline.rendering.annotators import annotate_expressions, unannotated
 from vnaw_pipeline.rendering.camera import Exposure, encode_picture, sample_background, sample_noise, take_picture
 from vnaw_pipeline.rendering.face import CROP_PX, Hand, draw_face
 from vnaw_pipeline.rendering.identity import Identity, sample_identity
-from vnaw_pipeline.rendering.plan import SPLITS, DatasetPlan, VideoPlan, plan_videos
+from vnaw_pipeline.rendering.plan import DatasetPlan, VideoPlan, plan_videos
 from vnaw_pipeline.rendering.schedule import schedule_expressions
 from vnaw_pipeline.rendering.script import VideoScript, affect_of, present_units, write_script
 from vnaw_pipeline.stages import StageReport, progress_bar, usable_cores
-from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL, SPLIT_DIRS, TASKS, TaskName
+from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL, SPLIT_DIRS, SPLITS, TASKS, TaskName
 
 RECORD_NAME = "rendered.json"
 TEST_DIR = "Test_Set"

@@ -9,7 +9,16 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vnaw_pipeline.rendering.anatomy import FIXED_POINT, SIDES, FixedPoints, FloatArray, Units, face_parts, fixed_point
+from vnaw_pipeline.rendering.anatomy import (
+    CIRCLE,
+    FIXED_POINT,
+    SIDES,
+    FixedPoints,
+    FloatArray,
+    Units,
+    face_parts,
+    fixed_point,
+)
 from vnaw_pipeline.rendering.identity import Colour, Identity, mix
 from vnaw_pipeline.tasks import ACTION_UNITS
 
@@ -26,10 +35,8 @@ _MOUTH: Colour = (64, 20, 26)
 _SHADOW: Colour = (34, 16, 14)
 _BLUSH: Colour = (236, 140, 124)
 _NECK = fixed_point(np.array([[34.0, 90.0], [78.0, 90.0], [84.0, 118.0], [28.0, 118.0]]))
-_TURNS = np.linspace(0.0, 2 * np.pi, 24, endpoint=False)
-_CIRCLE = np.column_stack([np.cos(_TURNS), np.sin(_TURNS)])
-_PALM = np.array([0.0, 0.35]) + np.array([1.0, 0.9]) * _CIRCLE
-_FINGERS = [np.array([x, -0.85]) + np.array([0.23, 0.95]) * _CIRCLE for x in (-0.72, -0.24, 0.24, 0.72)]
+_PALM = np.array([0.0, 0.35]) + np.array([1.0, 0.9]) * CIRCLE
+_FINGERS = [np.array([x, -0.85]) + np.array([0.23, 0.95]) * CIRCLE for x in (-0.72, -0.24, 0.24, 0.72)]
 
 
 class Hand(NamedTuple):

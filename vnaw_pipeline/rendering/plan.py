@@ -1,13 +1,11 @@
 """Which videos a rendered data set has: names like Aff-Wild2's, splits, and lengths with their oddities."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-Split = Literal["train", "validation", "test"]
+from vnaw_pipeline.tasks import Split
 
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 CROP_FOLDERS = ("cropped_aligned", "cropped_aligned_new_50_vids")
 
 _PAIR = "118-120-640x480"

@@ -34,9 +34,11 @@ def skip_frames(
     if skip.mode == "none":
         return rows
     if skip.mode == "resample":
-        resampled = _resample(plan, first, window_frames, zero_row, skip.speed, generator)
+        resampled = _resample(plan, first, window_frames, skip.speed, generator)
+        # A video shorter than a window keeps its own length: it is not stretched to look longer than it is.
+        is_long = (first[plan.video + 1] - first[plan.video] >= window_frames)[:, None]
         keeps_label = (row_labels[resampled] != IGNORE_LABEL).any(dim=1, keepdim=True)
-        return torch.where(keeps_label, resampled, rows)
+        return torch.where(is_long & keeps_label, resampled, rows)
     keep = draw_kept(row_labels[rows] != IGNORE_LABEL, rows != zero_row, skip.share, generator)
     kept = torch.where(keep, rows, zero_row)
     if skip.mode == "mask":
@@ -63,7 +65,6 @@ def _resample(
     plan: WindowPlan,
     first: Tensor,
     window_frames: int,
-    zero_row: int,
     speed: tuple[float, float],
     generator: torch.Generator,
 ) -> Tensor:
@@ -75,12 +76,7 @@ def _resample(
     start = plan.start.minimum(num_frames - span)
     middle = torch.arange(window_frames) + 0.5
     positions = (middle * span[:, None] / window_frames).floor().long()
-    rows = first[plan.video][:, None] + start[:, None] + positions
-    # A video shorter than a window keeps its own length: it is not stretched to look longer than it is.
-    inside = torch.arange(window_frames) < num_frames[:, None]
-    unstretched = first[plan.video][:, None] + torch.arange(window_frames)
-    is_short = (num_frames < window_frames)[:, None]
-    return torch.where(is_short, torch.where(inside, unstretched, zero_row), rows)
+    return first[plan.video][:, None] + start[:, None] + positions
 
 
 def channel_mask(num_windows: int, width: int, share: float, generator: torch.Generator) -> Tensor:
