@@ -71,7 +71,7 @@ def test_what_is_not_there_is_said_before_anything_is_written(
     drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here(monkeypatch, installed=False, bf16=True)
-    with pytest.raises(ConfigError, match=r"pip install vnaw-pipeline\[cpu-fast\]"):
+    with pytest.raises(ConfigError, match=r"pip install 'vnaw-pipeline\[cpu-fast\]'"):
         extract_features(drawn.manifest, drawn.crops, tmp_path / "s", with_openvino(tiny_config))
     assert not (tmp_path / "s").exists()
     here(monkeypatch, installed=True, bf16=False)
