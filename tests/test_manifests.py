@@ -431,6 +431,12 @@ def test_folds_hold_for_any_data(videos, seed):
         assert 0 < in_validation < videos
 
 
+def test_folds_need_annotations(tree):
+    tree.crop("video1", 3)
+    with pytest.raises(DataError, match="Give the annotations, or no folds"):
+        build_manifest(None, tree.crops, EXPR, folds=3)
+
+
 def test_folds_in_a_manifest(tree, test_list):
     for index in range(10):
         tree.annotate(f"x{index}", [index % 4] * 5)

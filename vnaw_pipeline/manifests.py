@@ -95,19 +95,17 @@ def build_manifest(
         defining = annotated.get((file.split, file.video_id), "")
         num_frames = (
             (count_rows(annotations_dir / defining) if annotations_dir is not None and defining else 0)
-            or template_frames.get(file.video_id, 0)
-            or (_length_or_zero(video_frame_count, videos[source_video]) if source_video in videos else 0)
-            or (
-                _length_or_zero(crops_frame_count, crops_root / crops_path)
-                if crops_root is not None and crops_path
-                else 0
-            )
+            or template_frames.get(file.video_id)
+            or _length_or_zero(video_frame_count, videos.get(source_video))
+            or _length_or_zero(crops_frame_count, crops_root / crops_path if crops_root and crops_path else None)
         )
         rows.append((file.video_id, file.split, num_frames, crops_path, file.path, "", source_video))
     manifest = pd.DataFrame(rows, columns=list(COLUMNS))
-    if folds and annotations_dir is not None:
-        return _with_folds(manifest, annotations_dir, task, folds, seed)
-    return manifest
+    if not folds:
+        return manifest
+    if annotations_dir is None:
+        raise DataError("Folds are made of annotated videos. Give the annotations, or no folds.")
+    return _with_folds(manifest, annotations_dir, task, folds, seed)
 
 
 def crops_frame_count(path: Path) -> int:
@@ -266,9 +264,9 @@ def _labels_by_name(manifest: pd.DataFrame, annotations_dir: Path, task: Task) -
     return labels
 
 
-def _length_or_zero(count: Callable[[Path], int], path: Path) -> int:
+def _length_or_zero(count: Callable[[Path], int], path: Path | None) -> int:
     try:
-        return count(path)
+        return count(path) if path is not None else 0
     except DataError:
         return 0  # the check names the file
 
