@@ -1,7 +1,7 @@
 """Facial expressions in video: embeddings once, temporal Transformers in minutes, noise-aware weighting.
 
-Every stage is a function, and a store, a bank and a run open in one line each. They are
-imported when first used, so `import vnaw_pipeline` costs nothing.
+Every stage is a function, and a store, a bank and a run open in one line each. They are imported when first used, so
+`import vnaw_pipeline` costs nothing.
 """
 
 from importlib import import_module

@@ -123,6 +123,7 @@ class ObjectiveConfig(_Section):
     gce_q: float = Field(default=0.7, gt=0, le=1)
     """gce: 1 is the mean absolute error, towards 0 it becomes cross-entropy."""
     elr_weight: float = Field(default=3.0, ge=0)
+    """elr: weight of the term that holds to earlier predictions."""
     bootstrap_beta: float = Field(default=0.95, gt=0, le=1)
     """bootstrap: share of the given label; the rest is the model's own prediction."""
     weighting: Literal["none", "class", "complement", "naw"] = "none"
@@ -138,6 +139,7 @@ class ObjectiveConfig(_Section):
     mix: Literal["one-plus", "lam"] = "lam"
     """naw: `one-plus`: (1 + w) * loss; `lam`: lam_a * loss + (1 - lam_a) * w * loss."""
     lam_a: float = Field(default=0.5, ge=0, le=1)
+    """mix lam: share of the loss without weights."""
     naw_from: float = Field(default=0.0, ge=0, lt=1)
     """Share of training after which NAW's weights are used."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
