@@ -52,8 +52,7 @@ class FaceSet:
         used = labels != IGNORE_LABEL
         if source == "votes":
             expressions = self.votes[:, : len(EXPRESSIONS)]
-            shares = expressions / expressions.sum(axis=1, keepdims=True).clip(min=1)
-            chosen = shares
+            chosen = expressions / expressions.sum(axis=1, keepdims=True).clip(min=1)
         else:
             chosen = np.eye(len(EXPRESSIONS))[labels]
         return np.asarray(chosen * used[:, None], dtype=np.float32)

@@ -117,7 +117,6 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     recipe.model.to(accelerator.device)  # before its average and its optimiser's state are made
-    recipe.model.to(accelerator.device)
     groups = recipe.parameter_groups or [{"params": list(recipe.model.parameters())}]
     optimiser = torch.optim.AdamW(groups, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay)
     average = copy.deepcopy(recipe.model).requires_grad_(False) if optimisation.ema_decay is not None else None
