@@ -202,7 +202,7 @@ def test_masked_elements_know_nothing_of_one_another() -> None:
     independent ones at a chance of .5, the shares of equal pairs and of even numbers of four are .5. Over 200 windows
     of 3,200 elements the standard error is below .001, ten times that where elements are shared between pairs."""
     words = draw_mask_words(200, 100, 32, torch.Generator().manual_seed(1))
-    gone = mask_input(torch.ones(200, 100, 32), words, MaskingConfig(mode="elements")) == 0
+    gone = mask_input(torch.ones(200, 100, 32).half(), words, MaskingConfig(mode="elements")) == 0
     in_row, in_column = gone[:, :, 1:] ^ gone[:, :, :-1], gone[:, 1:] ^ gone[:, :-1]
     corners = in_row[:, 1:] ^ in_row[:, :-1]
     for differ in (in_row, in_column, corners):
@@ -215,10 +215,10 @@ def test_masks_do_not_depend_on_how_a_step_is_split(seed: int, cut: int) -> None
     masking = MaskingConfig(mode="elements")
     words = draw_mask_words(7, 5, 4, torch.Generator().manual_seed(seed))
     parts = [
-        mask_input(torch.ones(len(part), 5, 4), words.select(part), masking)
+        mask_input(torch.ones(len(part), 5, 4).half(), words.select(part), masking)
         for part in torch.arange(7).split([cut, 7 - cut])
     ]
-    assert torch.equal(torch.cat(parts), mask_input(torch.ones(7, 5, 4), words, masking))
+    assert torch.equal(torch.cat(parts), mask_input(torch.ones(7, 5, 4).half(), words, masking))
 
 
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=5), st.integers(1, 20), st.integers(1, 9))

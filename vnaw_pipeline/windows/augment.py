@@ -92,8 +92,15 @@ def channel_mask(num_windows: int, width: int, share: float, generator: torch.Ge
 
 
 def erase_channels(embeddings: Tensor, keep: Tensor) -> Tensor:
-    """Set the channels of each window that `keep` (B, D) leaves out to zero, in all its frames; (B, P, D), in place."""
-    return embeddings.mul_(keep[:, None])
+    """Set the channels of each window that `keep` (B, D) leaves out to zero, in all its frames; float16 (B, P, D), in
+    place."""
+    return _clear_others(embeddings, keep[:, None])
+
+
+def _clear_others(embeddings: Tensor, keep: Tensor) -> Tensor:
+    # By their bits, which a CPU does as fast as it copies; a product of float16 and bool takes it three times as long.
+    embeddings.view(torch.int16).bitwise_and_(keep.to(torch.int16).neg_())
+    return embeddings
 
 
 class MaskWords(NamedTuple):
@@ -119,7 +126,7 @@ def draw_mask_words(num_windows: int, num_frames: int, width: int, generator: to
 
 
 def mask_input(embeddings: Tensor, words: MaskWords, masking: MaskingConfig) -> Tensor:
-    """Set random frames, or random elements, of each window to zero; (B, P, D), in place.
+    """Set random frames, or random elements, of each window to zero; float16 (B, P, D), in place.
 
     Only the input is masked: a masked frame stays valid, is attended to, and is learnt from by its label, which the
     model then has to find out from its neighbours. What stays is not scaled up, as dropout would. Source: Transformers
@@ -130,4 +137,4 @@ def mask_input(embeddings: Tensor, words: MaskWords, masking: MaskingConfig) -> 
     drawn = words.frames[:, :, None]
     if masking.mode == "elements":
         drawn = drawn * words.channels[:, None]
-    return embeddings.mul_(drawn >= int((masking.probability - 0.5) * 2**32))
+    return _clear_others(embeddings, drawn >= int((masking.probability - 0.5) * 2**32))
