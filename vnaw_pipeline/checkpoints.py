@@ -20,10 +20,11 @@ _HEADER, _DIGEST = "vnaw", "digest"
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and what describes them as one file: the old one or the new one is there, never a part. The
-    digest of the tensors is in it, and is checked when they are read."""
+    digest of all of it is in it, and is checked when they are read."""
     kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     # In one entry: of several, safetensors writes now this one first and now that one, and equal files must be equal.
-    metadata = {_HEADER: json.dumps({**header, _DIGEST: _digest(kept)})}
+    described = json.loads(json.dumps(header))
+    metadata = {_HEADER: json.dumps({**described, _DIGEST: _digest(kept, described)})}
     with atomic_path(path) as partial:
         try:
             save_file(kept, partial, metadata)
@@ -43,9 +44,10 @@ def load_tensors(path: Path, allow_pickle: bool = False) -> tuple[dict[str, Tens
         with _opened(path) as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a dict
-        header = json.loads(metadata.get(_HEADER, "{}"))
+        header = _parsed(metadata, path)
         wanted = header.pop(_DIGEST, metadata.get(_DIGEST))  # its own entry in files of earlier versions
-        if wanted is not None and (found := _digest(tensors)) != wanted:
+        # Those have the digest of the tensors alone.
+        if wanted is not None and (found := _digest(tensors, header)) != wanted != _digest(tensors, {}):
             raise CheckpointError(
                 f"{path} is damaged: its digest is {found[:12]}, and it was written with {wanted[:12]}. Get it again."
             )
@@ -71,7 +73,7 @@ def read_header(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
     with _opened(path) as file:
-        header: dict[str, Any] = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+        header = _parsed(file.metadata() or {}, path)
     header.pop(_DIGEST, None)
     return header
 
@@ -85,9 +87,17 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and values."""
-    parts: list[bytes] = []
+def _parsed(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    try:
+        header: dict[str, Any] = json.loads(metadata.get(_HEADER, "{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: what it records of itself cannot be read ({error}).") from error
+    return header
+
+
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Of names, types, shapes and values, and of what describes them."""
+    parts = [json.dumps(header, sort_keys=True).encode()] if header else []
     for key in sorted(tensors):
         tensor = tensors[key]
         parts += [

@@ -276,7 +276,7 @@ def encoder_of_weights(weights: str | Path) -> EncoderConfig:
             f"There are no encoder weights '{weights}': not a file, and not one that ships ({shipped})."
         )
     header = weights_header(path)
-    if header.get("kind") != "encoder":
+    if header.get("kind") != "encoder" or not {"encoder", "model_args"} <= header.keys():
         raise CheckpointError(
             f"{path} does not record which encoder it holds. Give one that `vnaw pretrain` or `vnaw finetune` wrote."
         )
