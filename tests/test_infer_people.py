@@ -17,6 +17,7 @@ from vnaw_pipeline.inference.people import (
     PeopleTracker,
     colours_of,
     contrast,
+    contrast_of_people,
     difference,
     is_cut,
     thumbnail,
@@ -150,6 +151,19 @@ def test_dim_light_makes_people_no_more_alike(brightness: float) -> None:
     man = [(rgb * brightness).astype(np.uint8) for rgb in carphone_frames(60)[::10]]
     seen = [colours_of(rgb, load_detector(CropConfig())(rgb)[0].landmarks) for rgb in man]
     assert max(difference(seen[0], later) for later in seen) < SAME_COLOURS * contrast(thumbnail(man[0]))
+
+
+def test_people_in_grey_pictures_are_no_more_alike() -> None:
+    def grey(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        return cv2.cvtColor(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB).astype(np.uint8)
+
+    photograph = read_image(picture("t1.jpg"))
+    group = [colours_of(grey(photograph), face.landmarks) for face in load_detector(CropConfig())(photograph)]
+    share = contrast_of_people(thumbnail(grey(photograph))) / contrast_of_people(thumbnail(photograph))
+    assert share == pytest.approx(0.75, abs=0.05)
+    assert min(difference(a, b) for i, a in enumerate(group) for b in group[:i]) > share * SAME_COLOURS
+    seen = [colours_of(grey(rgb), load_detector(CropConfig())(rgb)[0].landmarks) for rgb in carphone_frames(60)[::10]]
+    assert max(difference(seen[0], later) for later in seen) < share * SAME_COLOURS
 
 
 def test_colours_do_not_depend_on_the_size_of_the_picture() -> None:

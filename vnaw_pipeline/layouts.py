@@ -181,11 +181,11 @@ def video_frame_count(path: Path) -> int:
     """
     import av
 
-    from vnaw_pipeline.crops.video import video_stream
+    from vnaw_pipeline.crops.video import open_container, video_stream
 
     count = 0
     try:
-        with av.open(f"file:{path}") as container:
+        with open_container(path) as container:
             stream = video_stream(container, path)
             if stream.frames:
                 return stream.frames

@@ -20,7 +20,7 @@ from vnaw_pipeline.crops.detect import Detector, Face, load_detector
 from vnaw_pipeline.crops.sink import Crop, Written, find_pack, find_tree, write_pack, write_tree
 from vnaw_pipeline.crops.source import RECORD_NAME
 from vnaw_pipeline.crops.track import follow_face
-from vnaw_pipeline.crops.video import Frame, Rgb, open_video
+from vnaw_pipeline.crops.video import Frame, Rgb, expected_frames, open_video
 from vnaw_pipeline.errors import DataError, listing
 from vnaw_pipeline.provenance import differences, digest_bytes, write_json
 from vnaw_pipeline.stages import Failure, StageReport, progress_bar
@@ -62,7 +62,7 @@ def extract_crops(videos: Sequence[Path], out_dir: Path, config: CropConfig, ove
             report.notes.extend(_notes(path.stem, earlier, "done earlier, "))
     num_faces = 0
     try:
-        with progress_bar("crop", _total_frames(pending)) as bar:
+        with progress_bar("crop", sum(map(expected_frames, pending))) as bar:
             for path in pending:
                 try:
                     written = _crop_video(path, out_dir, detector, config, settings, lambda: bar.advance(1))
@@ -173,18 +173,6 @@ def _claim(out_dir: Path, settings: dict[str, Any]) -> None:
             "replace folders in it. Give a new folder."
         )
     write_json(record_path, settings)
-
-
-def _total_frames(videos: Sequence[Path]) -> int:
-    """Frames to expect in all videos that open, for the progress bar; the others are reported when their turn comes."""
-    total = 0
-    for path in videos:
-        try:
-            with open_video(path) as video:
-                total += video.expected_frames or 0
-        except DataError:
-            continue
-    return total
 
 
 def _notes(video_id: str, written: Written, prefix: str) -> list[str]:

@@ -29,8 +29,6 @@ _SILENT_LOSS_S = 1.0
 little after the last frame is normal."""
 
 _CAMERA_FORMAT = "v4l2"
-_CAMERA_PATIENCE_S = 10.0
-"""A camera that sends nothing for so long is gone."""
 
 _MATROSKA_DURATION = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 
@@ -54,7 +52,7 @@ class VideoReader:
         self.path = path
         self._container = container
         try:
-            self._stream = video_stream(self._container, path)
+            self._stream = _decodable(video_stream(self._container, path), path)
         except DataError:
             self._container.close()
             raise
@@ -62,11 +60,13 @@ class VideoReader:
         self._stream.thread_type = "SLICE"
         self.fps = float(self._stream.average_rate or math.nan)
         self._duration_s = _duration_s(self._container.duration, self._stream)
-        self.expected_frames = _expected_frames(self._stream.frames, self._duration_s, self.fps)
+        self._stored_frames = self._stream.frames
+        self.expected_frames = _expected_frames(self._stored_frames, self._duration_s, self.fps)
         self.start_s = (self._container.start_time or 0) / av.time_base
         self.decoded_frames = 0
         self._end_s = math.nan
-        self._errors: list[str] = []
+        self._num_errors = 0
+        self._first_error: str | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -93,26 +93,26 @@ class VideoReader:
             try:
                 stored = cast(Rgb, decoded.to_ndarray(format="rgb24"))
             except av.error.FFmpegError as error:
-                self._errors.append(_describe(error))
+                self._note(error)
                 continue
             rgb = upright(stored, matrix)
             yield Frame(self.decoded_frames, time_s, rgb)
             self.decoded_frames += 1
         if not self.decoded_frames:
-            cause = f" ({self._errors[0]})" if self._errors else ""
+            cause = f" ({self._first_error})" if self._num_errors else ""
             raise DataError(f"{self.path}: not one frame could be decoded{cause}. The file is empty or damaged.")
 
     def loss(self) -> str | None:
         """What of the video could not be decoded, in one sentence; None if all of it was."""
         expected = self.expected_frames
         lost = max(0, expected - self.decoded_frames) if expected is not None else 0
-        if not self._errors and not (lost if self._stream.frames else self._ends_early()):
+        if not self._num_errors and not (lost if self._stored_frames else self._ends_early()):
             return None
-        cause = self._errors[0] if self._errors else "the file ends early"
+        cause = self._first_error or "the file ends early"
         if lost:
-            about = "" if self._stream.frames else "about "
+            about = "" if self._stored_frames else "about "
             return f"{lost} of {about}{expected} frames lost, {self.decoded_frames} decoded: {cause}"
-        return f"some frames lost, {self.decoded_frames} decoded: {len(self._errors)} damaged parts, first: {cause}"
+        return f"some frames lost, {self.decoded_frames} decoded: {self._num_errors} damaged parts, first: {cause}"
 
     def _ends_early(self) -> bool:
         return self._duration_s - (self._end_s - self.start_s) > _SILENT_LOSS_S
@@ -125,14 +125,18 @@ class VideoReader:
             except StopIteration:
                 return
             except av.error.FFmpegError as error:  # the container itself is broken here: nothing follows
-                self._errors.append(_describe(error))
+                self._note(error)
                 return
             try:
                 decoded = packet.decode()
             except av.error.FFmpegError as error:  # this packet is broken: the next may not be
-                self._errors.append(_describe(error))
+                self._note(error)
                 continue
             yield from decoded
+
+    def _note(self, error: av.error.FFmpegError) -> None:
+        self._num_errors += 1
+        self._first_error = self._first_error or _describe(error)
 
 
 def video_stream(container: InputContainer, path: Path) -> VideoStream:
@@ -148,6 +152,27 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
     return streams[0]
 
 
+def _decodable(stream: VideoStream, path: Path) -> VideoStream:
+    if not stream.codec_context:
+        raise DataError(f"{path}: FFmpeg has no decoder here for its pictures. Convert it, to H.264 say.")
+    return stream
+
+
+def open_container(path: Path) -> InputContainer:
+    """A media file as FFmpeg opens it. A tag that is not UTF-8, such as an old title, is no reason not to."""
+    # The scheme keeps FFmpeg from reading a colon in a file name as a protocol.
+    return av.open(f"file:{path}", metadata_errors="replace")
+
+
+def expected_frames(path: Path) -> int:
+    """Frames that a video's container promises, for a progress bar; 0 where it says nothing or cannot be opened."""
+    try:
+        with open_video(path) as video:
+            return video.expected_frames or 0
+    except DataError:
+        return 0
+
+
 def open_video(path: Path) -> VideoReader:
     """Open a video for `with open_video(path) as video: for frame in video: ...`.
 
@@ -155,22 +180,22 @@ def open_video(path: Path) -> VideoReader:
         DataError: no such file, not a video, or no video stream in it.
     """
     try:
-        # The scheme keeps FFmpeg from reading a colon in a file name as a protocol.
-        container = av.open(f"file:{path}")
+        container = open_container(path)
     except av.error.FFmpegError as error:
         raise DataError(_why_not_opened(path, error)) from error
     return VideoReader(path, container)
 
 
 def open_camera(number: int) -> VideoReader:
-    """Open a camera of this machine (Linux: /dev/video<number>); its frames go on until it is closed or gone.
+    """Open a camera of this machine (Linux: /dev/video<number>); its frames go on until it is closed or gone. A driver
+    that sends nothing may keep the reading thread for good.
 
     Raises:
         DataError: there is no such camera, or another program has it.
     """
     device = Path(f"/dev/video{number}")
     try:
-        container = av.open(str(device), format=_CAMERA_FORMAT, timeout=_CAMERA_PATIENCE_S)
+        container = av.open(str(device), format=_CAMERA_FORMAT)
     except (av.error.FFmpegError, ValueError) as error:
         found = ", ".join(sorted(path.name for path in device.parent.glob("video[0-9]*"))) or "none"
         reason = error.strerror or error if isinstance(error, OSError) else error

@@ -29,7 +29,7 @@ from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
 from vnaw_pipeline.features.backends import Encode, make_encode, one_core_per_forward, resolve_arithmetic
 from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_encoder
 from vnaw_pipeline.features.store import IMPORTED
-from vnaw_pipeline.inference.people import Colours, PeopleTracker, colours_of, contrast, is_cut, thumbnail
+from vnaw_pipeline.inference.people import Colours, PeopleTracker, colours_of, contrast_of_people, is_cut, thumbnail
 from vnaw_pipeline.processes import process_state
 from vnaw_pipeline.provenance import differences
 from vnaw_pipeline.runs import Run
@@ -215,7 +215,8 @@ def analyse(
             rows: list[tuple[Any, ...]] = []
             for look in batch:
                 boxes = [face.box for face in look.faces]
-                cut, share_of_contrast = is_cut(before, look.thumbnail), contrast(look.thumbnail)
+                cut = is_cut(before, look.thumbnail)
+                share_of_contrast = contrast_of_people(look.thumbnail)
                 tracks = tracker.update(boxes, look.colours, look.time_s, cut, share_of_contrast)
                 rows += [
                     (len(times), track, face.box, face.score) for track, face in zip(tracks, look.faces, strict=True)

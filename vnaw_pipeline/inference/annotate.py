@@ -13,7 +13,7 @@ import pandas as pd
 from av.container import InputContainer, OutputContainer
 from av.video.stream import VideoStream
 
-from vnaw_pipeline.crops.video import Frame, Rgb
+from vnaw_pipeline.crops.video import Frame, Rgb, open_container
 from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.inference.inputs import JUMP_S
 from vnaw_pipeline.report.figures import CLASS_COLOURS
@@ -126,7 +126,7 @@ def _fitted(rgb: Rgb, width: int, height: int) -> Rgb:
 
 def _open_sound(path: Path, out: OutputContainer, stack: ExitStack) -> _Sound:
     """Add a stream for the sound of a file to `out`, and give its packets by time; none if it has no sound."""
-    source = stack.enter_context(av.open(f"file:{path}"))
+    source = stack.enter_context(open_container(path))
     if not source.streams.audio or not source.streams.audio[0].codec_context:
         return iter(())
     given = source.streams.audio[0].codec_context
@@ -168,8 +168,8 @@ def _encoded(source: InputContainer, out: OutputContainer) -> _Sound:
 
     def packets() -> _Sound:
         samples = 0  # counted, as containers such as AVI round the times of sound
-        with suppress(av.error.FFmpegError, ValueError):  # ValueError: the channels change in the middle
-            for frame in source.decode(given):
+        with suppress(ValueError):  # the channels change in the middle
+            for frame in _decoded(source):
                 begins = round(((frame.time or 0) - _start_s(source)) * given.rate)
                 if begins > samples + given.rate * _HOLE_S:
                     samples = begins
@@ -179,6 +179,14 @@ def _encoded(source: InputContainer, out: OutputContainer) -> _Sound:
         yield float("inf"), stream.encode()
 
     return packets()
+
+
+def _decoded(source: InputContainer) -> Iterator[av.AudioFrame]:
+    """The sound of a file as far as it decodes; damaged packets in the middle are left out."""
+    with suppress(av.error.FFmpegError):  # a broken tail
+        for packet in source.demux(source.streams.audio[0]):
+            with suppress(av.error.FFmpegError):
+                yield from packet.decode()
 
 
 def _start_s(source: InputContainer) -> float:

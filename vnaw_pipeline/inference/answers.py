@@ -31,7 +31,7 @@ def frame_table(video: str, sightings: Sightings, spool: Spool, models: Models) 
     was found), `x, y, width, height, score` (in pixels, empty where not valid), `expression` (of the largest
     probability), `p_...`. A frame that is not valid has the interpolated probabilities of a short gap, or none.
     """
-    rows_of = [np.flatnonzero(sightings.faces["track"] == track) for track in people_of(sightings, models)]
+    rows_of = [np.flatnonzero(sightings.faces["track"] == track) for track in _people_of(sightings, models)]
     tables = [_person_table(person, rows, sightings, spool, models) for person, rows in enumerate(rows_of, 1)]
     of_people = [of_person.frame_index.to_numpy() for of_person in tables]
     of_nobody = np.setdiff1d(np.arange(len(sightings.time_s)), np.concatenate([[], *of_people]))
@@ -42,7 +42,7 @@ def frame_table(video: str, sightings: Sightings, spool: Spool, models: Models) 
     return table.assign(video=pd.Categorical([video]).repeat(len(table)))[["video", *table.columns]]
 
 
-def people_of(sightings: Sightings, models: Models) -> list[int]:
+def _people_of(sightings: Sightings, models: Models) -> list[int]:
     """The tracks that are people, in order of appearance and then from left to right."""
     least = min(models.config.infer.min_person_frames, len(sightings.time_s))
     tracks, first, counts = np.unique(sightings.faces["track"], return_index=True, return_counts=True)
@@ -90,7 +90,7 @@ def finish(
     """
     final = np.full_like(raw, np.nan)
     known = np.flatnonzero(valid)
-    breaks = np.flatnonzero(np.diff(time_s[known]) > fill_gaps_s) + 1
+    breaks = np.flatnonzero((np.diff(known) > 1) & (np.diff(time_s[known]) > fill_gaps_s)) + 1
     for stretch in np.split(known, breaks):
         inside = slice(stretch[0], stretch[-1] + 1)
         if isinstance(after, PredictConfig):
@@ -157,7 +157,7 @@ def _rows(
     models: Models,
 ) -> pd.DataFrame:
     """The table of one person: `rows` are their sightings, `probabilities` is (n, K) over their `frames`."""
-    seen = sightings.faces["frame_index"][rows] - frames[0] if len(frames) else rows
+    seen = sightings.faces["frame_index"][rows] - frames[0]
     place = np.full((len(frames), len(_PLACE)), np.nan)
     box = sightings.faces["box"][rows].astype(np.float64)
     place[seen] = np.column_stack([box[:, :2], box[:, 2:] - box[:, :2], sightings.faces["score"][rows]])

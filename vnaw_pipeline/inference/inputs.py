@@ -1,9 +1,10 @@
 """What is given: videos, images, folders of them, a camera; each becomes a series of frames."""
 
+import queue
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
@@ -17,6 +18,8 @@ from vnaw_pipeline.layouts import VIDEO_SUFFIXES
 
 JUMP_S = 1.0
 """Times that step back by more begin anew there; by less, they are inaccurate."""
+CAMERA_PATIENCE_S = 10.0
+"""A camera that sends nothing for so long is gone."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -47,13 +50,18 @@ def find_inputs(given: Sequence[Path]) -> dict[str, Path]:
             raise DataError(f"There is no video and no image in {path} (looked for {endings}; not in its folders).")
         paths += found
     stems = Counter(path.stem for path in paths)
-    names = [path.stem if stems[path.stem] == 1 else path.name for path in paths]
+    names = [printable(path.stem if stems[path.stem] == 1 else path.name) for path in paths]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(
-            "Two inputs of one name would share a folder of results; rename one, or give them in runs of their own:\n"
+            "Two inputs of one name would share a folder of results; rename one, or give one with another --out:\n"
             + listing([str(path) for name, path in zip(names, paths, strict=True) if name in twice])
         )
     return dict(zip(names, paths, strict=True))
+
+
+def printable(text: str) -> str:
+    """Text that can be written as UTF-8: a file name that is not has a mark for each byte that is none."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def read_image(path: Path) -> Rgb:
@@ -93,6 +101,48 @@ def timed(video: VideoReader, from_first: bool = False) -> Iterator[Frame]:
             shift_s = latest_s + 1 / fps - time_s
         latest_s = max(latest_s, time_s + shift_s)
         yield frame._replace(time_s=latest_s)
+
+
+def camera_frames(video: VideoReader) -> Generator[Frame]:
+    """The frames of a camera, which is closed at the end. They are read in a thread of their own, since a driver that
+    sends nothing lets nothing interrupt it: after ten seconds without a frame the camera is taken for gone.
+
+    Raises:
+        DataError: not one frame came.
+    """
+    read: queue.Queue[Frame | Exception | None] = queue.Queue(maxsize=2)
+    closed = threading.Event()
+
+    def read_all() -> None:
+        last: Exception | None = None
+        try:
+            with video:
+                for frame in timed(video, from_first=True):
+                    read.put(frame)
+                    if closed.is_set():
+                        return
+        except Exception as error:
+            last = error
+        read.put(last)
+
+    thread = threading.Thread(target=read_all, name="camera", daemon=True)
+    thread.start()
+    sent = 0
+    try:
+        with suppress(queue.Empty):
+            while (frame := read.get(timeout=CAMERA_PATIENCE_S)) is not None:
+                if isinstance(frame, Exception):
+                    raise frame
+                yield frame
+                sent += 1
+        if not sent:
+            raise DataError(f"{video.path} sends no pictures. Close what else uses it, or plug it in again.")
+    finally:
+        closed.set()
+        with suppress(queue.Empty):
+            while True:
+                read.get_nowait()
+        thread.join(timeout=1)
 
 
 @contextmanager

@@ -10,9 +10,11 @@ then to be drawn on, and memory does not grow with the pixels of either. A camer
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import cv2
@@ -21,12 +23,20 @@ import numpy.typing as npt
 import pandas as pd
 
 from vnaw_pipeline.config import PipelineConfig, load_config
-from vnaw_pipeline.crops.video import Frame, Rgb, open_camera, open_video
+from vnaw_pipeline.crops.video import Frame, Rgb, expected_frames, open_camera, open_video
 from vnaw_pipeline.errors import ConfigError, DataError
 from vnaw_pipeline.inference.analyse import Clock, Models, Spool, analyse, open_models
 from vnaw_pipeline.inference.annotate import drawer, write_through
 from vnaw_pipeline.inference.answers import frame_seconds, frame_table, summary_lines
-from vnaw_pipeline.inference.inputs import find_inputs, is_image, read_image, timed, until_interrupted
+from vnaw_pipeline.inference.inputs import (
+    camera_frames,
+    find_inputs,
+    is_image,
+    printable,
+    read_image,
+    timed,
+    until_interrupted,
+)
 from vnaw_pipeline.provenance import atomic_path, write_bytes, write_text
 from vnaw_pipeline.report.figures import draw_timeline
 from vnaw_pipeline.runs import Run, open_run
@@ -96,11 +106,16 @@ def infer_videos(
     report.write_status(out_dir / "status.csv")  # fails now, not after an hour, where nothing can be written
     read: _Read = _analyse_file
     paths = find_inputs(inputs)
+    for name, path in paths.items():
+        if path.resolve().parent == (out_dir / name).resolve():
+            raise DataError(f"{path} would lie among its own results, which replace files there. Give another --out.")
     if camera is not None:
         read = partial(_analyse_camera, camera)
         name = f"camera{camera}_{datetime.now():%Y%m%d-%H%M%S}"
         paths[name] = out_dir / name / "recording.mkv"
-    twice = 2 * sum(map(_expected_frames, paths.values()))  # each frame is analysed, then drawn on
+    twice = 2 * sum(
+        1 if is_image(path) else expected_frames(path) for path in paths.values()
+    )  # each frame is analysed, then drawn on
     clock, video_s = Clock(), 0.0
     try:
         with open_models(config, encoder, run) as models, progress_bar("infer", twice) as bar:
@@ -126,6 +141,7 @@ def infer_videos(
 
 
 def _fail(report: StageReport, name: str, reason: str) -> None:
+    reason = printable(reason)  # it may hold the path
     report.failures.append(Failure(name, None, reason))
     report.notes.append(f"{name}: {reason}")
 
@@ -141,9 +157,11 @@ def _analyse_file(name: str, path: Path, models: Models, clock: Clock, advance: 
 def _analyse_camera(
     number: int, name: str, recording: Path, models: Models, clock: Clock, advance: Callable[[int], None]
 ) -> _Outcome:
-    with open_camera(number) as video, until_interrupted(timed(video, from_first=True)) as (frames, stopped):
+    video = open_camera(number)
+    with closing(camera_frames(video)) as sent, until_interrupted(sent) as (frames, stopped):
+        first = list(islice(frames, 1))  # before anything is made for them
         recording.parent.mkdir(parents=True, exist_ok=True)
-        outcome = _analyse(name, write_through(recording, frames), models, clock, advance)
+        outcome = _analyse(name, write_through(recording, chain(first, frames)), models, clock, advance)
         gone = f"camera {number} is gone; what it sent is kept ({video.loss() or 'it sends nothing more'})"
         return replace(outcome, loss=None if stopped.is_set() else gone)
 
@@ -166,7 +184,9 @@ def _write_outcome(
     lines = summary_lines(table, models.config.infer.min_span_s)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "summary.txt", "\n".join(lines) + "\n")
-    write_table(table, folder)
+    _write_table(table, folder)
+    for earlier in (*folder.glob("timeline*.png"), *folder.glob("annotated.*")):  # of other people, or of nobody
+        earlier.unlink()
     with clock("draw"):
         draw = drawer(table)
         if is_image(source):
@@ -174,14 +194,15 @@ def _write_outcome(
             write_bytes(folder / "annotated.png", cv2.imencode(".png", picture)[1].tobytes())
             advance(1)
             return lines
-        for earlier in (*folder.glob("timeline*.png"), folder / "annotated.mp4"):  # of other people, or of nobody
-            earlier.unlink(missing_ok=True)
         _draw_timelines(outcome, folder, models)
         try:
             _write_copy(folder / "annotated.mp4", source, draw, source, advance)
         except DataError as error:
-            _write_copy(folder / "annotated.mp4", source, draw, None, lambda _: None)
             lines = [*lines, f"annotated.mp4 is without its sound: {error}"]
+            try:
+                _write_copy(folder / "annotated.mp4", source, draw, None, lambda _: None)
+            except DataError as again:
+                lines[-1] = f"annotated.mp4 could not be written: {again}"
     return lines
 
 
@@ -194,7 +215,7 @@ def _write_copy(
             advance(1)
 
 
-def write_table(table: pd.DataFrame, folder: Path) -> None:
+def _write_table(table: pd.DataFrame, folder: Path) -> None:
     """Write `frames.csv` and `frames.json` (a list of the same rows, null where a value is missing), piece by piece."""
     with atomic_path(folder / "frames.csv") as partial:
         table.to_csv(partial, index=False, lineterminator="\n")
@@ -209,10 +230,11 @@ def write_table(table: pd.DataFrame, folder: Path) -> None:
 def _draw_timelines(outcome: _Outcome, folder: Path, models: Models) -> None:
     """One figure a person over the whole video, so that they can be laid below each other; empty without anyone."""
     table = outcome.table
+    frame_s = frame_seconds(np.unique(table.time_s))
     for person in table.person.dropna().unique() if table.person.notna().any() else [pd.NA]:
         nobody = pd.isna(person)
         rows = table if nobody else table[table.person == person]
-        bands, probabilities = _timeline_columns(rows, outcome.span_s, models.probability_columns)
+        bands, probabilities = _timeline_columns(rows, outcome.span_s, frame_s, models.probability_columns)
         who = "no face found" if nobody else f"person {person}"
         path = folder / ("timeline.png" if nobody else f"timeline_person{person}.png")
         title = f"{table.video.iloc[0]}, {who}"
@@ -220,29 +242,17 @@ def _draw_timelines(outcome: _Outcome, folder: Path, models: Models) -> None:
 
 
 def _timeline_columns(
-    rows: pd.DataFrame, span_s: tuple[float, float], names: list[str]
+    rows: pd.DataFrame, span_s: tuple[float, float], frame_s: float, names: list[str]
 ) -> tuple[dict[str, npt.NDArray[np.int64]], npt.NDArray[np.float32]]:
     """The answers at evenly spaced times, whatever the frame rate: the frame shown then, if it has one."""
     start, end = span_s
     times = start + (np.arange(_TIMELINE_COLUMNS) + 0.5) * (end - start) / _TIMELINE_COLUMNS
     time_s = rows.time_s.to_numpy()
     place = np.searchsorted(time_s, times, side="right") - 1
-    frame_s = (time_s[-1] - time_s[0]) / max(1, len(time_s) - 1)
     shown = (place >= 0) & (times <= time_s[-1] + frame_s)
     codes = np.where(shown, rows.expression.cat.codes.to_numpy()[place], IGNORE_LABEL)
     probabilities = np.where(shown[:, None], np.nan_to_num(rows[names].to_numpy(np.float32)[place]), 0)
     return {"expression": codes.astype(np.int64)}, probabilities
-
-
-def _expected_frames(path: Path) -> int:
-    """For the progress bar; what cannot be opened is reported when its turn comes."""
-    if is_image(path):
-        return 1
-    try:
-        with open_video(path) as video:
-            return video.expected_frames or 0
-    except DataError:
-        return 0
 
 
 def _speed(clock: Clock, video_s: float, seconds: float) -> str:

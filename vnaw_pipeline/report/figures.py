@@ -38,7 +38,7 @@ def draw_confusion(path: Path, confusion: npt.NDArray[np.int64], names: Sequence
     axes.set_yticks(range(len(names)), [f"{name} ({count})" for name, count in zip(names, rows[:, 0], strict=True)])
     axes.set_xlabel("predicted, % of the row")
     axes.set_ylabel("label (frames)")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     _save(figure, path)
 
 
@@ -75,7 +75,7 @@ def draw_timeline(
     upper.set_yticks(range(len(bands)), list(bands))
     for edge in range(1, len(bands)):
         upper.axhline(edge - 0.5, color="white", linewidth=3)
-    upper.set_title(title)
+    upper.set_title(title, parse_math=False)
     centres = np.linspace(left + half_column, right - half_column, num_frames)
     lower.stackplot(centres, probabilities.T, colors=colours, labels=list(names))
     lower.set_xlim(left, right)
