@@ -105,6 +105,8 @@ def test_the_variants_of_an_ablation(tiny_config: PipelineConfig) -> None:
     for seeds in ([], [1, 1]):
         with pytest.raises(ConfigError, match="Give each seed once"):
             ablation_variants(tiny_config, seeds)
+    with pytest.raises(ConfigError, match="are for expressions, not va"):
+        ablation_variants(tiny_config.model_copy(update={"task": "va"}), [0])
 
 
 def test_a_fold_with_a_missing_class_is_scored_as_scikit_learn_does_and_said() -> None:
@@ -149,6 +151,9 @@ def test_a_cascade_is_two_runs_and_two_answers(
         assert (runs[how]["macro_f1"], runs[how]["accuracy"]) == (scores.macro_f1, scores.accuracy)
     again = run_command("cascade", drawn, drawn_store, config, tmp_path)
     assert "cascade: 0 runs done, 2 skipped" in again.output
+    biased = config.model_copy(update={"predict": config.predict.model_copy(update={"bias": (0.0,) * 8})})
+    with pytest.raises(ConfigError, match=r"predict.bias holds 8 numbers; the task has 5 outputs"):
+        cascade(videos, drawn.annotations, drawn_store, tmp_path / "c", biased)
     with pytest.raises(ConfigError, match="the config has coarse5"):
         cascade(videos, drawn.annotations, drawn_store, tmp_path / "b", config.model_copy(update={"task": "coarse5"}))
     shutil.copytree(drawn.annotations, tmp_path / "relabelled")

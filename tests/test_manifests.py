@@ -410,6 +410,13 @@ def test_folds_are_seven_to_three_with_every_class_and_no_shared_recording():
         assert (frames[~in_validation].sum(axis=0) > 0).all()
 
 
+@pytest.mark.parametrize("recordings", range(3, 11))
+def test_three_folds_share_no_video_however_few_recordings_there_are(recordings):
+    sources = [f"v{index}" for index in range(recordings)]
+    folds = assign_folds(sources, np.ones((recordings, 8), np.int64), 3, seed=0)
+    assert set(folds) <= {"", "0", "1", "2"}
+
+
 def test_more_folds_overlap():
     sources, frames = aff_wild2_like(60, seed=1)
     folds = assign_folds(sources, frames, 10, seed=0)

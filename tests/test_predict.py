@@ -52,6 +52,9 @@ def test_predictions_do_not_depend_on_how_many_videos_are_read_at_a_time(
     missing = [*videos, Video("v9", "test", 30)]
     with pytest.raises(StoreError, match="lacks 1 of 6 videos"):
         predict_videos(manifest_of(missing), store.path, run.path, "test")
+    longer = [Video("v0", "test", 121), *videos[1:]]
+    with pytest.raises(StoreError, match="holds 120 frames of 'v0', the manifest 121"):
+        predict_videos(manifest_of(longer), store.path, run.path, "test")
     assert len(loaded) == 4, "what is missing is seen before anything is predicted"
 
 

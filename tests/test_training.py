@@ -176,10 +176,14 @@ def test_a_rerun_of_a_finished_run_does_nothing_and_overwrite_starts_afresh(
     drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
 ) -> None:
     train(drawn, drawn_store, tmp_path / "a", tiny_config)
-    before = (tmp_path / "a" / "checkpoint" / "last.safetensors").stat().st_mtime_ns
+    kept = [
+        tmp_path / "a" / "checkpoint" / "last.safetensors",
+        tmp_path / "a" / "record.json",
+    ]  # where `tune` writes too
+    before = [path.stat().st_mtime_ns for path in kept]
     report = train_windows(drawn.manifest, drawn.annotations, drawn_store, tmp_path / "a", tiny_config)
     assert (report.done, report.skipped) == (0, 3)
-    assert (tmp_path / "a" / "checkpoint" / "last.safetensors").stat().st_mtime_ns == before
+    assert [path.stat().st_mtime_ns for path in kept] == before
     (tmp_path / ".a.removed" / "left by a kill").mkdir(parents=True)
     report = train_windows(drawn.manifest, drawn.annotations, drawn_store, tmp_path / "a", tiny_config, overwrite=True)
     assert (report.done, report.skipped) == (3, 0)

@@ -405,7 +405,7 @@ class PredictConfig(_Section):
     smooth: SmoothConfig = SmoothConfig()
     further_smooth: dict[TaskName, SmoothConfig] = Field(default_factory=dict)
     """The same for tasks of a run that want another one: action units change faster than expressions."""
-    bias: tuple[float, ...] | None = None
+    bias: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
     """Added to the log-probability of each expression after smoothing, for classes that a model names too rarely."""
     thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
     """Probability from which each action unit counts as shown. The written probabilities are shifted, so that it is .5
@@ -517,6 +517,19 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
         _apply_override(values, override)
     if overrides:
         where += f" with --set {' '.join(overrides)}"
+    return _validated(values, where)
+
+
+def changed_config(config: PipelineConfig, values: dict[str, Any]) -> PipelineConfig:
+    """A config with other values of its first level, checked as a whole again.
+
+    Raises:
+        ConfigError: values that do not fit together.
+    """
+    return _validated({**config.model_dump(), **values}, "the config")
+
+
+def _validated(values: dict[str, Any], where: str) -> PipelineConfig:
     try:
         return PipelineConfig.model_validate(values)
     except ValidationError as error:

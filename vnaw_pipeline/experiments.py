@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from vnaw_pipeline.config import MaskingConfig, PipelineConfig
+from vnaw_pipeline.config import MaskingConfig, PipelineConfig, changed_config
 from vnaw_pipeline.errors import ConfigError, DataError
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.features.views import PLAIN
@@ -87,7 +87,7 @@ def cascade(
         raise ConfigError(f"A cascade answers task expr8 alone; the config has {found}. Set task=expr8.")
     videos = read_manifest(manifest)
     members: tuple[TaskName, ...] = ("coarse5", "negative4")
-    variants = [Variant(name, name, config.model_copy(update={"task": name})) for name in members]
+    variants = [Variant(name, name, changed_config(config, {"task": name})) for name in members]
     report, scores = run_variants("cascade", variants, videos, annotations_dir, store_path, out)
     ways: tuple[How, ...] = ("hard", "soft")
     for how in ways:
@@ -117,6 +117,10 @@ def fold_variants(videos: pd.DataFrame, config: PipelineConfig) -> list[Variant]
 
 def ablation_variants(config: PipelineConfig, seeds: Sequence[int]) -> list[Variant]:
     """Four recipes by every seed; `config` is the one with both, the others leave out of it."""
+    if TASKS[config.task].kind != "classes":
+        raise ConfigError(
+            f"Noise-aware weights, which `vnaw ablate` leaves out, are for expressions, not {config.task}."
+        )
     unaugmented = config.windows.model_copy(
         update={
             "skip": config.windows.skip.model_copy(update={"mode": "none"}),

@@ -32,7 +32,7 @@ def assign_folds(source_videos: Sequence[str], class_frames: npt.NDArray[np.int6
     parts = min(_PARTS, len(set(source_videos)))
     if parts < 2:
         raise DataError(f"Folds need at least two source videos with annotations, found {parts}.")
-    width = max(1, round(_VALIDATION_SHARE * parts))
+    width = max(1, min(round(_VALIDATION_SHARE * parts), parts // 3))
     distinct = parts // math.gcd(width, parts)
     if not 1 <= folds <= distinct:
         raise DataError(f"{folds} folds were asked for; {parts} parts of the videos give 1 to {distinct}.")

@@ -52,6 +52,11 @@ class RunFolder:
         """One JSON line per epoch."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def record(self) -> Path:
+        """How, when and with what the run was made, and what was tuned on what."""
+        return self.path / "record.json"
+
     def predictions(self, split: str) -> Location:
         """Per-frame table of a split, gaps filled and smoothed; what every consumer reads."""
         return (self.tables or self.path / "predictions") / f"{split}.parquet"
@@ -101,7 +106,7 @@ class RunFolder:
 
     def write_record(self, **facts: Any) -> None:
         """Write `record.json`: facts of the run, versions and time."""
-        write_json(self.path / "record.json", {"written": utc_now(), "environment": environment(), **facts})
+        write_json(self.record, {"written": utc_now(), "environment": environment(), **facts})
 
 
 @dataclass(frozen=True)

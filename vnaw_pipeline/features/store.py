@@ -57,6 +57,7 @@ class FeatureStore:
         self.path = path
         self._group = group
         self._arrays: dict[str, dict[str, zarr.Array[Any]]] = {}
+        self._found_whole: set[tuple[str, str]] = set()
         attributes: dict[str, Any] = group.attrs.asdict()
         self.fingerprint: dict[str, Any] = attributes["fingerprint"]
         self.embedding_dim: int = attributes["embedding_dim"]
@@ -170,6 +171,14 @@ class FeatureStore:
         of_views = [[self._length(view, video_id) for video_id in video_ids] for view in views]
         return of_views[0]
 
+    def require_lengths(self, video_ids: Sequence[str], found: Sequence[int], wanted: Sequence[int]) -> None:
+        """Raise StoreError if a video has another number of frames here than it should."""
+        for video_id, here, there in zip(video_ids, found, wanted, strict=True):
+            if here != there:
+                raise StoreError(
+                    f"{self.path} holds {here} frames of '{video_id}', the manifest {there}. Extract again."
+                )
+
     def _length(self, view: str, video_id: str) -> int:
         try:  # to open hundreds of arrays takes longer than to read what is in them
             length: int = json.loads((self.path / view / video_id / "zarr.json").read_bytes())["shape"][0]
@@ -203,22 +212,28 @@ class FeatureStore:
                 raise StoreError(f"{chunk} is missing. Extract again.") from error
 
     def require(self, video_ids: Sequence[str], views: Iterable[str] = (PLAIN,)) -> None:
-        """Raise StoreError unless every one of the videos is there in full, in every one of the views."""
+        """Raise StoreError unless every one of the videos is there in full, in every one of the views.
+
+        On S3, where this takes long, what was found so once is not looked for again.
+        """
         for view in views:
             if view not in self.views:
                 raise StoreError(
                     f"{self.path} has no view '{view}', only {', '.join(self.views)}. Add it to extract.views and run "
                     "`vnaw extract` again, which keeps what is there; imported features have no other views."
                 )
-            there = [video_id for video_id in video_ids if self.has_video(video_id, view)]
+            unknown = [video_id for video_id in video_ids if (view, video_id) not in self._found_whole]
+            there = [video_id for video_id in unknown if self.has_video(video_id, view)]
             whole = set(there) - {unit.video_id for unit in self.missing_units(there, view)}
-            missing = [video_id for video_id in video_ids if video_id not in whole]
+            missing = [video_id for video_id in unknown if video_id not in whole]
             if missing:
                 raise StoreError(
                     f"{self.path} lacks {len(missing)} of {len(video_ids)} videos in view '{view}', or parts of them: "
                     f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. "
                     f"Run `vnaw {'import' if IMPORTED in self.fingerprint else 'extract'}` (again)."
                 )
+            if not isinstance(self.path, Path):
+                self._found_whole |= {(view, video_id) for video_id in whole}
 
     def video_ids(self) -> list[str]:
         """All videos that have a place in the store, sorted."""

@@ -144,7 +144,8 @@ def _begin(
         if _unfinished(found["members"]) == _unfinished(content["members"]) and found["members"] != content["members"]:
             raise CheckpointError(
                 f"The members of {out} finished their answers in another way for the split that is there. Predict all "
-                "splits of a member alike (each with --tuned, or none), and combine them in a new folder."
+                "splits of a member alike (--tuned or not, with one predict.precision), and combine them in a new "
+                "folder."
             )
         if unlike := differences(found, content):
             raise CheckpointError(f"{out} is composed otherwise: {'; '.join(unlike)[:500]}. Give a new folder.")

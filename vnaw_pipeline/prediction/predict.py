@@ -57,7 +57,7 @@ def predict_videos(
 
     Raises:
         CheckpointError: the run was trained on other features.
-        StoreError: videos missing from the store; S3 fails for good.
+        StoreError: videos missing from the store, or of another length there; S3 fails for good.
         DataError: the manifest has no video in this split, or the run has learnt from one of them.
         ProcessError: processes that differ in program, config, manifest, model or features.
     """
@@ -66,7 +66,8 @@ def predict_videos(
     videos = read_manifest(manifest)
     run = open_run(run_dir, predictions)
     videos = fold_split(videos, run.header["fold"])
-    video_ids = list(videos.video_id[videos.split == split])
+    of_split = videos[videos.split == split]
+    video_ids = list(of_split.video_id)
     if not video_ids:
         raise DataError(f"The manifest has no videos in split '{split}', only in {sorted(set(videos.split))}.")
     run.require_unseen(videos, split)
@@ -79,6 +80,7 @@ def predict_videos(
     agree({"manifest": digest_bytes(videos.to_csv().encode()), "features": store.fingerprint, **settings})
     without_any = np.asarray(run.header["without_any"], dtype=np.float32)
     lengths = store.lengths(video_ids)
+    store.require_lengths(video_ids, lengths, of_split.num_frames.tolist())
     windows = run.config.windows
     num_windows = len(plan_windows(torch.tensor(lengths), windows.window_frames, windows.predict_stride))
     model = run.model.to(state.device)
@@ -97,8 +99,8 @@ def predict_videos(
             bar=bar,
         )
         raw = stitched.cpu().numpy()
-        if not state.is_main_process:  # writes nothing, and need not keep it
-            return raw[:0], raw[:0], bank.valid[:0].cpu()
+        if not state.is_main_process:  # writes nothing, and need not keep it; a slice would
+            return np.empty_like(raw[:0]), np.empty_like(raw[:0]), torch.empty(0, dtype=torch.bool)
         return raw, finish_probabilities(raw, bank, without_any, config, run.config.tasks), bank.valid[:-1].cpu()
 
     with progress_bar("predict", num_windows // state.num_processes, "windows", state.is_main_process) as bar:

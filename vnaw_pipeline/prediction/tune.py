@@ -239,7 +239,7 @@ def _tuning_videos(
         if rows["frame_index"].tolist() != list(range(len(of_video))):
             raise DataError(
                 f"The raw predictions hold {len(rows)} rows for '{video_id}', which has {len(of_video)} frames; every "
-                "frame needs exactly one. Run `vnaw predict` with this manifest."
+                "frame needs exactly one. Predict (or combine) again with this manifest."
             )
         answers = rows[task.prediction_columns].to_numpy(dtype=np.float32)
         valid = rows["valid"].to_numpy(dtype=np.bool_)
@@ -248,7 +248,7 @@ def _tuning_videos(
 
 
 def _note_in_record(run: PredictedRun) -> None:
-    path = run.folder.path / "record.json"
+    path = run.folder.record
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     fold = "" if run.fold is None else f" of fold {run.fold}"
     note = f"smoothing, bias and thresholds on the labels of the {_SPLIT} videos{fold}, see {TUNED}"

@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vnaw_pipeline.config import BankPlace
-from vnaw_pipeline.errors import DataError, StoreError
+from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.store import FeatureStore
 from vnaw_pipeline.features.views import PLAIN
@@ -66,7 +65,8 @@ class LabelledBank:
         for name, of_task in self.labels.items():
             task = TASKS[name]
             if task.kind == "classes":
-                mean = F.one_hot(of_task[of_task != IGNORE_LABEL], len(task.outputs)).double().mean(dim=0)
+                counts = torch.bincount(of_task[of_task != IGNORE_LABEL], minlength=len(task.outputs)).double()
+                mean = counts / counts.sum()
             else:
                 mean = of_task.double().masked_fill(~annotated(of_task, task), torch.nan).nanmean(dim=0)
             found += [round(value, 6) for value in mean.nan_to_num(0.0).tolist()]  # 0: a unit that is never annotated
@@ -96,11 +96,7 @@ def open_labelled_bank(
         raise DataError(f"The manifest has no annotated videos in split '{split}'.")
     state = process_state()
     bank = open_bank(store, video_ids, shown=state.is_main_process, views=views, device=state.device, place=place)
-    for video_id, found, wanted in zip(video_ids, bank.num_frames.tolist(), lengths, strict=True):
-        if found != wanted:
-            raise StoreError(
-                f"{store.path} holds {found} frames of '{video_id}', the manifest {wanted}. Extract again."
-            )
+    store.require_lengths(video_ids, bank.num_frames.tolist(), lengths)
     row_labels: dict[TaskName, Tensor] = {}
     for task in tasks:
         rows = np.full((bank.zero_row + 1, *task.label_shape), task.unlabelled, dtype=_DTYPES[task.kind])

@@ -154,7 +154,8 @@ def train_windows(
     history = fit(recipe, optimisation, folder)
     best = max(history, key=lambda row: row[task.metric])
     seconds = time.monotonic() - started
-    if state.is_main_process:
+    # A rerun with nothing to do leaves the record, in which `tune` may have written.
+    if state.is_main_process and (len(history) > before or not folder.record.exists()):
         folder.write_record(
             stage="train",
             device=str(state.device),
@@ -242,7 +243,8 @@ class _Learning:
 
 class WindowDraw(NamedTuple):
     """B windows of an optimiser step as they were drawn, on the host: bank rows (B, P), videos (B,), channels that stay
-    (B, D), the number of each one's view (B,), words for its masks, and the units that each task has in the step."""
+    (B, D), the number of each one's view (B,), words for its masks (of no frames where nothing is masked), and the
+    units that each task has in the step."""
 
     rows: Tensor
     video: Tensor
@@ -330,8 +332,10 @@ class Drawing:
         windows, size = self.config.windows, min(_BLOCK_WINDOWS, count - number * _BLOCK_WINDOWS)
         generator = torch.Generator().manual_seed(seed_of(*seeds, number)) if number else of_first
         keep = channel_mask(size, self.embedding_dim, windows.erase_share, generator)
-        words = draw_mask_words(size, windows.window_frames, self.embedding_dim, generator)
-        return keep, torch.randint(len(windows.views), (size,), generator=generator).tolist(), words
+        view = torch.randint(len(windows.views), (size,), generator=generator).tolist()
+        is_masked = windows.random_masking.mode != "none"
+        frames, width = (windows.window_frames, self.embedding_dim) if is_masked else (0, 0)
+        return keep, view, draw_mask_words(size, frames, width, generator)
 
 
 def gather_draw(train: LabelledBank, draw: WindowDraw, config: PipelineConfig) -> WindowBatch:
