@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from vnaw_pipeline.errors import DataError
@@ -63,30 +62,28 @@ def evaluate_predictions(
     if not labels:
         raise DataError(f"The videos in split '{split}' have no annotations of task '{task.name}' to score against.")
     table = predictions if isinstance(predictions, pd.DataFrame) else read_predictions(predictions, task)
-    predicted = predictions_by_video(table, {video_id: len(of_video) for video_id, of_video in labels.items()}, task)
-    return score_predictions(task, np.concatenate(list(labels.values())), np.concatenate(list(predicted.values())))
+    rows_of = rows_by_video(table, {video_id: len(of_video) for video_id, of_video in labels.items()})
+    predicted = np.concatenate([rows[task.prediction_columns].to_numpy() for rows in rows_of.values()])
+    return score_predictions(task, np.concatenate(list(labels.values())), predicted)
 
 
-def predictions_by_video(
-    table: pd.DataFrame, num_frames: dict[str, int], task: Task
-) -> dict[str, npt.NDArray[np.float32]]:
-    """A task's columns of the prediction table for every frame, (T, outputs), by video in the order of `num_frames`.
+def rows_by_video(table: pd.DataFrame, num_frames: dict[str, int]) -> dict[str, pd.DataFrame]:
+    """The rows of a prediction table by video, in the order of `num_frames`, one for each frame in theirs.
 
     Raises:
         DataError: a video, or a frame of one, has no prediction, or more than one.
     """
     by_video = dict(iter(table.groupby("video_id", observed=True, sort=False)))
-    predicted = {}
+    rows_of = {}
     for video_id, expected in num_frames.items():
-        rows = by_video.get(video_id)
-        found = [] if rows is None else rows.frame_index.tolist()
-        if rows is None or sorted(found) != list(range(expected)):
+        rows = by_video.get(video_id, table[:0]).sort_values("frame_index")
+        if rows.frame_index.tolist() != list(range(expected)):
             raise DataError(
-                f"The predictions hold {len(found)} rows for '{video_id}', which has {expected} frames; every frame "
-                "needs exactly one. Run `vnaw predict` with this manifest."
+                f"The predictions hold {len(rows)} rows for '{video_id}', which has {expected} frames; every frame "
+                "needs exactly one. Predict (or combine) again with this manifest."
             )
-        predicted[video_id] = rows.sort_values("frame_index")[task.prediction_columns].to_numpy()
-    return predicted
+        rows_of[video_id] = rows
+    return rows_of
 
 
 def format_scores(scores: Scores, task: Task, units: str = "labelled frames") -> str:

@@ -23,6 +23,7 @@ from vnaw_pipeline.locations import Location
 from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.metrics import score_predictions
 from vnaw_pipeline.prediction.bias import best_bias
+from vnaw_pipeline.prediction.evaluate import rows_by_video
 from vnaw_pipeline.prediction.finish import decide, finish_video
 from vnaw_pipeline.prediction.smooth import Probabilities
 from vnaw_pipeline.prediction.tables import TUNED, PredictedRun, open_predicted
@@ -204,7 +205,7 @@ def smoothings(first: SmoothConfig, kind: TaskKind) -> list[SmoothConfig]:
         found += [SmoothConfig(kind="sp", half_width=half_width, share=share) for share in SHARES]
         if kind == "classes":
             found.append(SmoothConfig(kind="mode", half_width=half_width))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def fit_decision(answers: Probabilities, labels: Labels, config: PredictConfig, kind: TaskKind) -> PredictConfig:
@@ -232,18 +233,11 @@ def tuning_parts(source_videos: Sequence[str], frames: Sequence[int]) -> npt.NDA
 def _tuning_videos(
     raw: pd.DataFrame, labels: dict[str, Labels], source_videos: dict[str, str], task: Task
 ) -> list[TuningVideo]:
-    by_video = dict(iter(raw.groupby("video_id", observed=True, sort=False)))
     videos = []
-    for video_id, of_video in labels.items():
-        rows = by_video.get(video_id, raw[:0]).sort_values("frame_index")
-        if rows["frame_index"].tolist() != list(range(len(of_video))):
-            raise DataError(
-                f"The raw predictions hold {len(rows)} rows for '{video_id}', which has {len(of_video)} frames; every "
-                "frame needs exactly one. Predict (or combine) again with this manifest."
-            )
+    for video_id, rows in rows_by_video(raw, {name: len(of_video) for name, of_video in labels.items()}).items():
         answers = rows[task.prediction_columns].to_numpy(dtype=np.float32)
         valid = rows["valid"].to_numpy(dtype=np.bool_)
-        videos.append(TuningVideo(source_videos[video_id], answers, valid, of_video))
+        videos.append(TuningVideo(source_videos[video_id], answers, valid, labels[video_id]))
     return videos
 
 
