@@ -141,7 +141,7 @@ def main(
 
         for setting in SETTINGS:
             run((setting, name, 0) for name in names_of(setting))
-            run((setting, name, seed) for name in finalists(results, setting) for seed in range(seeds))
+            run((setting, name, seed) for seed in range(seeds) for name in finalists(results, setting))
     sys.stdout.write(tables(results))
 
 
