@@ -261,7 +261,7 @@ def test_processes_together_draw_what_one_draws(
     """A step of 700 windows, which is augmented in three blocks, in parts that do not begin where blocks do."""
     bank = FeatureBank(["x"], torch.zeros(161, 3).half(), torch.ones(161).bool(), torch.tensor([0, 160]))
     train = LabelledBank(bank, {"expr8": torch.arange(161) % 8})
-    windows = {"train_stride": 1, "views": ["plain", "mirror"]}
+    windows = {"train_stride": 1, "views": ["plain", "mirror"], "random_masking": {"mode": "elements"}}
 
     def parts(index: int, of: int, accumulation: int) -> list[WindowDraw]:
         config = config_of(
