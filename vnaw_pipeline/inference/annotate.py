@@ -1,5 +1,6 @@
 """The annotated copy: boxes, people and expressions drawn on every frame, with the times and the sound of the video."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
@@ -18,6 +19,7 @@ from vnaw_pipeline.errors import DataError
 from vnaw_pipeline.inference.inputs import JUMP_S
 from vnaw_pipeline.report.figures import CLASS_COLOURS
 
+_LOG = logging.getLogger(__name__)
 _TICKS = 60_000
 """Steps of a second for frame times: whole numbers for the usual frame rates, and what MPEG-4 can still count."""
 _MP4_SOUND = {"aac", "mp3", "ac3", "eac3", "opus", "alac"}
@@ -183,10 +185,15 @@ def _encoded(source: InputContainer, out: OutputContainer) -> _Sound:
 
 def _decoded(source: InputContainer) -> Iterator[av.AudioFrame]:
     """The sound of a file as far as it decodes; damaged packets in the middle are left out."""
+    damaged = 0
     with suppress(av.error.FFmpegError):  # a broken tail
         for packet in source.demux(source.streams.audio[0]):
-            with suppress(av.error.FFmpegError):
+            try:
                 yield from packet.decode()
+            except av.error.FFmpegError:
+                damaged += 1
+    if damaged:
+        _LOG.warning("%s: %d packets of the sound are damaged; the copy is silent there.", source.name, damaged)
 
 
 def _start_s(source: InputContainer) -> float:

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import cv2
@@ -45,6 +45,8 @@ from vnaw_pipeline.tasks import IGNORE_LABEL
 
 _LOG = logging.getLogger(__name__)
 _Read = Callable[[str, Path, Models, Clock, Callable[[int], None]], "_Outcome"]
+_DRAWN = ("timeline*.png", "annotated.mp4", "annotated.png")
+"""What is drawn for an input; that of an earlier one of the same name goes."""
 _TIMELINE_COLUMNS = 2000
 _JSON_ROWS = 10_000
 
@@ -107,8 +109,8 @@ def infer_videos(
     read: _Read = _analyse_file
     paths = find_inputs(inputs)
     for name, path in paths.items():
-        if path.resolve().parent == (out_dir / name).resolve():
-            raise DataError(f"{path} would lie among its own results, which replace files there. Give another --out.")
+        if path.resolve().parent == (out_dir / name).resolve() and any(map(path.match, _DRAWN)):
+            raise DataError(f"{path} lies where its own results would, and they replace it. Give another --out.")
     if camera is not None:
         read = partial(_analyse_camera, camera)
         name = f"camera{camera}_{datetime.now():%Y%m%d-%H%M%S}"
@@ -159,9 +161,11 @@ def _analyse_camera(
 ) -> _Outcome:
     video = open_camera(number)
     with closing(camera_frames(video)) as sent, until_interrupted(sent) as (frames, stopped):
-        first = list(islice(frames, 1))  # before anything is made for them
+        first = next(frames, None)
+        if first is None:
+            raise DataError("stopped before the first frame")  # and nothing is made for it
         recording.parent.mkdir(parents=True, exist_ok=True)
-        outcome = _analyse(name, write_through(recording, chain(first, frames)), models, clock, advance)
+        outcome = _analyse(name, write_through(recording, chain([first], frames)), models, clock, advance)
         gone = f"camera {number} is gone; what it sent is kept ({video.loss() or 'it sends nothing more'})"
         return replace(outcome, loss=None if stopped.is_set() else gone)
 
@@ -185,7 +189,7 @@ def _write_outcome(
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "summary.txt", "\n".join(lines) + "\n")
     _write_table(table, folder)
-    for earlier in (*folder.glob("timeline*.png"), *folder.glob("annotated.*")):  # of other people, or of nobody
+    for earlier in chain.from_iterable(map(folder.glob, _DRAWN)):
         earlier.unlink()
     with clock("draw"):
         draw = drawer(table)
