@@ -37,7 +37,8 @@ def main(work_dir: Path) -> None:
     sys.stdout.write("\n".join([*report.notes, report.summary()]) + "\n")
     tensors, header = load_tensors(run.best)
     halves = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
-    kept = {key: value for key, value in header.items() if key != "config"}
+    # The people it has learnt from have the names of the demo's, and are others.
+    kept = {key: value for key, value in header.items() if key not in ("config", "learnt_from")}
     save_tensors(ROOT / "vnaw_pipeline" / "weights" / "drawn_swin.safetensors", halves, kept)
     sys.stdout.write(f"exported {sum(v.numel() for v in halves.values()):,} numbers\n")
 

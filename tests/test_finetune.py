@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from vnaw_pipeline.annotations import read_annotation
-from vnaw_pipeline.checkpoints import load_tensors
+from vnaw_pipeline.checkpoints import load_tensors, read_header
 from vnaw_pipeline.config import PipelineConfig, dump_config
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
 from vnaw_pipeline.experiments import cross_validate
@@ -251,6 +251,9 @@ def test_a_fold_is_fine_tuned_alone_and_scores_that_its_encoder_knows_are_said(
         finetune_encoder(folded, drawn.annotations, drawn.crops, tmp_path / "ft", config, fold=1)
     config = changed(config, "encoder", weights=best)
     extract_features(folded, drawn.crops, tmp_path / "s", config)
+    finetune_encoder(folded, drawn.annotations, drawn.crops, tmp_path / "again", config, fold=1)
+    of_both = recordings_in(fold_split(folded, 0), "train") | recordings_in(fold_split(folded, 1), "train")
+    assert set(read_header(RunFolder(tmp_path / "again").best)["learnt_from"]) == of_both
     learnt = set(open_store(tmp_path / "s").fingerprint["learnt_from"])
     assert learnt == recordings_in(fold_split(folded, 0), "train")
     notes = {}

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from vnaw_pipeline.facesets.read import read_faces
 from vnaw_pipeline.features.encoder import Preprocessing, build_encoder, encoder_of_weights, load_encoder
 from vnaw_pipeline.prediction.faces import evaluate_faces
 from vnaw_pipeline.tasks import EXPRESSIONS
+from vnaw_pipeline.training import faces as training
 from vnaw_pipeline.training.faces import LabelledFaces, pretrain_encoder
-from vnaw_pipeline.training.images import erase_rectangles, read_ahead
+from vnaw_pipeline.training.images import erase_rectangles, label_objective, read_ahead
 
 FACES = 48
 
@@ -221,6 +223,51 @@ def test_a_student_is_drawn_to_its_teacher(faces_file: Path, face_config: Pipeli
         pretrain_encoder(faces, faces, tmp_path / "x", changed(face_config, teacher=bare))
     with pytest.raises(CheckpointError, match="no head for the eight expressions"):
         evaluate_faces(bare, faces)
+
+
+def test_a_face_that_cannot_be_read_is_not_learnt_from_a_teacher_either(
+    faces_file: Path, face_config: PipelineConfig, tmp_path: Path
+) -> None:
+    """It is a black image in its batch, and a teacher has an answer to that too."""
+    faces = read_faces(faces_file, "train")
+    pretrain_encoder(faces, faces, tmp_path / "teacher", changed(face_config, epochs=1))
+    weights = tmp_path / "teacher" / "checkpoint" / "best.safetensors"
+    config = changed(face_config, teacher=weights, teacher_share=1.0, vary_images=False, erase_probability=0.0)
+    model, preprocessing, _ = build_encoder(config.encoder, len(EXPRESSIONS), seed=3)
+    images = LabelledFaces(faces, faces.targets("majority"), preprocessing).read(torch.arange(4))
+    unreadable = torch.tensor([False, True, True, False])
+    batch = images._replace(targets=images.targets.masked_fill(unreadable[:, None], 0))
+    objective = partial(
+        training._objective,
+        preprocessing,
+        config.pretrain,
+        training._load_teacher(weights, 0),
+        label_objective(config.pretrain.loss, images.targets),
+        model.eval(),
+    )
+    readable = type(batch)(*(part[~unreadable] for part in batch))
+    (of_all, count), (of_readable, wanted) = objective(batch, 0.0), objective(readable, 0.0)
+    assert int(count) == int(wanted) == 2
+    torch.testing.assert_close(of_all, of_readable)
+
+
+def test_a_rerun_of_a_finished_training_leaves_what_was_recorded(
+    faces_file: Path, face_config: PipelineConfig, tmp_path: Path
+) -> None:
+    faces = read_faces(faces_file, "train")
+    kept = [tmp_path / "run" / name for name in ("record.json", "status.csv")]
+    times = []
+    for done in (1, 0):
+        assert pretrain_encoder(faces, faces, tmp_path / "run", changed(face_config, epochs=1)).done == done
+        times.append([path.stat().st_mtime_ns for path in kept])
+    assert times[0] == times[1]
+
+
+def test_a_transition_of_another_size_is_refused(faces_file: Path, face_config: PipelineConfig, tmp_path: Path) -> None:
+    faces = read_faces(faces_file, "train")
+    config = changed(face_config, loss={"transition": [[1.0]]})
+    with pytest.raises(ConfigError, match="a transition of 1 classes, and there are 8"):
+        pretrain_encoder(faces, faces, tmp_path / "run", config)
 
 
 def test_two_processes_give_the_losses_of_one(faces_file: Path, face_config: PipelineConfig, tmp_path: Path) -> None:

@@ -297,13 +297,16 @@ def predict(
     from vnaw_pipeline.config import load_config
     from vnaw_pipeline.prediction.predict import predict_videos
     from vnaw_pipeline.prediction.tables import open_predicted
-    from vnaw_pipeline.runs import open_run
+    from vnaw_pipeline.runs import RunFolder, read_run
 
     for key in (text.partition("=")[0] for text in overrides or []):
         if not key.startswith("predict.") or (tuned and key not in ("predict.batch_windows", "predict.precision")):
             why = "--tuned has found these values" if key.startswith("predict.") else "the rest is the run's"
             raise ConfigError(f"--set {key}: a prediction takes values of the section predict only, and {why}.")
-    config = load_config(open_run(run).folder.config, overrides).predict if overrides else None
+    config = None
+    if overrides:
+        read_run(RunFolder(run))  # says what is wrong with it, such as that it is a composed one
+        config = load_config(RunFolder(run).config, overrides).predict
     if tuned:
         config = open_predicted(run).tuned(config)
     _finish(predict_videos(manifest, store, run, split, config, predictions))

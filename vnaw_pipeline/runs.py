@@ -1,4 +1,4 @@
-"""The run folder: `config.yaml, record.json, metrics.jsonl, checkpoint/, predictions/, figures/`."""
+"""The run folder: `config.yaml, record.json, metrics.jsonl, checkpoint/, predictions/`, and what stages add."""
 
 import json
 import shutil
@@ -104,6 +104,11 @@ class RunFolder:
         """Write all epochs so far, a JSON object a line."""
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in history))
 
+    def wants_record(self, new_epochs: int) -> bool:
+        """Whether a training has something to record. A rerun with nothing to do leaves what was recorded, of failures
+        too, and what `tune` has added since."""
+        return new_epochs > 0 or not self.record.exists()
+
     def write_record(self, **facts: Any) -> None:
         """Write `record.json`: facts of the run, versions and time."""
         write_json(self.record, {"written": utc_now(), "environment": environment(), **facts})
@@ -154,6 +159,11 @@ def read_run(folder: RunFolder) -> tuple[PipelineConfig, dict[str, Any]]:
     Raises:
         CheckpointError: none is there, or one of something else or of another version.
     """
+    if folder.composite.is_file():
+        raise CheckpointError(
+            f"{folder.path} is a composed run, which has no model of its own. Predict with each of its members, then "
+            "run `vnaw combine` for that split."
+        )
     if not folder.config.is_file():
         raise CheckpointError(f"{folder.path} is not a run folder: it has no config.yaml. Make one with `vnaw train`.")
     header = read_header(folder.best)
@@ -174,11 +184,6 @@ def open_run(path: str | Path, predictions: str | Location | None = None) -> Run
         CheckpointError: no checkpoint there, or one that is damaged or does not belong to the folder's config.
     """
     folder = run_folder(path, predictions)
-    if folder.composite.is_file():
-        raise CheckpointError(
-            f"{folder.path} is a composed run, which has no model of its own. Predict with each of its members, then "
-            "run `vnaw combine` for that split."
-        )
     config, header = read_run(folder)
     tensors, _ = load_tensors(folder.best)
     try:

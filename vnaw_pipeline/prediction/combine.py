@@ -161,7 +161,7 @@ def _unfinished(members: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def _record(composed: PredictedRun, members: Sequence[PredictedRun], split: str, tuned: bool) -> None:
     """Add the split to `record.json`: which tables of which members it was made of."""
-    path = composed.folder.path / "record.json"
+    path = composed.folder.record
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     tables = {
         str(member.folder.path): digest_bytes(member.folder.predictions(split).read_bytes()) for member in members

@@ -156,7 +156,7 @@ def pretrain_encoder(
             f"faces, in epoch {best['epoch']}"
         ],
     )
-    if state.is_main_process:
+    if state.is_main_process and folder.wants_record(report.done):
         report.write_status(run_dir / "status.csv")
         folder.write_record(
             stage="pretrain",
@@ -217,7 +217,8 @@ def _objective(
     images = erase_rectangles(whole, settings.erase_probability) if settings.erase_probability else whole
     total, count, logits = against_labels(model, images, batch, progress)
     if teacher is not None:
-        taught = distillation_loss(logits, _ask(teacher, whole, preprocessing), settings.temperature).sum()
+        taught = distillation_loss(logits, _ask(teacher, whole, preprocessing), settings.temperature)
+        taught = torch.where(batch.targets.sum(dim=1) > 0, taught, 0).sum()
         total = (1 - settings.teacher_share) * total + settings.teacher_share * taught
     return total, count
 

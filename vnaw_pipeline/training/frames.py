@@ -203,7 +203,9 @@ def finetune_encoder(
             "config": config.model_dump(mode="json", include=_SECTIONS),
             "labels": labels,
             "fold": fold,
-            "learnt_from": sorted(recordings_in(splits, "train")),
+            "learnt_from": sorted(
+                {*recorded_of(config.encoder).get("learnt_from", ()), *recordings_in(splits, "train")}
+            ),
         },
         label="finetune",
         memory=against_labels.memory,
@@ -225,7 +227,7 @@ def finetune_encoder(
         failures=[*train.failures, *validation.failures, *failures],
         notes=[f"best macro-F1 {100 * best[SCORE]:.2f} on validation frames, in epoch {best['epoch']}"],
     )
-    if state.is_main_process:
+    if state.is_main_process and folder.wants_record(report.done):
         report.write_status(run_dir / "status.csv")
         folder.write_record(
             stage="finetune",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vnaw_pipeline.config import FinetuneConfig, ImageLossConfig, PretrainConfig
+from vnaw_pipeline.errors import ConfigError
 from vnaw_pipeline.losses.images import image_loss
 from vnaw_pipeline.losses.objectives import class_weights, jensen_shannon, prediction_memory, update_memory
 from vnaw_pipeline.processes import process_state, sum_over_processes
@@ -71,8 +72,13 @@ def label_objective(config: ImageLossConfig, targets: Tensor) -> LabelObjective:
     """The objective for a set of targets (N, K).
 
     Raises:
-        ConfigError: early-learning regularisation in several processes, each of which would remember a part.
+        ConfigError: early-learning regularisation in several processes, each of which would remember a part; a
+            transition of another number of classes.
     """
+    if config.transition is not None and len(config.transition) != targets.shape[1]:
+        raise ConfigError(
+            f"The config has a transition of {len(config.transition)} classes, and there are {targets.shape[1]}."
+        )
     weights = class_weights(targets.sum(dim=0), config.weighting)
     transition = None if config.transition is None else torch.tensor(config.transition)
     weights, transition = (None if of is None else of.to(process_state().device) for of in (weights, transition))

@@ -1,4 +1,4 @@
-"""`fit()`, the only training loop: the temporal recipe and the encoder recipe both run through it.
+"""`fit()`, the only training loop: the recipes of faces, frames and windows all run through it.
 
 It owns the optimiser, the learning-rate curve, mixed precision, several processes, checkpoints and going on after a
 kill. What a batch is, what the loss is and how an epoch is scored are arguments.

@@ -154,8 +154,7 @@ def train_windows(
     history = fit(recipe, optimisation, folder)
     best = max(history, key=lambda row: row[task.metric])
     seconds = time.monotonic() - started
-    # A rerun with nothing to do leaves the record, in which `tune` may have written.
-    if state.is_main_process and (len(history) > before or not folder.record.exists()):
+    if state.is_main_process and folder.wants_record(len(history) - before):
         folder.write_record(
             stage="train",
             device=str(state.device),
