@@ -28,6 +28,7 @@ from vnaw_pipeline.processes import agree, keep_freed_memory, meet, process_stat
 from vnaw_pipeline.provenance import differences, flat
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import progress_bar
+from vnaw_pipeline.training.depthwise import quicken_depthwise
 
 Batch = TypeVar("Batch")
 SCORE = "macro_f1"
@@ -116,6 +117,7 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
     accelerator = _open_accelerator(optimisation, folder.path)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+        quicken_depthwise(recipe.model)
     recipe.model.to(accelerator.device)  # before its average and its optimiser's state are made
     groups = recipe.parameter_groups or [{"params": list(recipe.model.parameters())}]
     optimiser = torch.optim.AdamW(groups, lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay)
