@@ -327,7 +327,7 @@ def test_a_video_under_both_splits_is_found(tree, test_list):
 
 
 @pytest.mark.parametrize(
-    ("frames", "severity"), [(5, "error"), (6, "warning"), (7, None), (8, "warning"), (9, "error")]
+    ("frames", "severity"), [(4, "error"), (5, "warning"), (7, None), (8, "warning"), (9, "warning"), (10, "error")]
 )
 def test_the_video_decides_on_the_length(tree, test_list, frames, severity):
     tree.annotate("clip", [0] * 7)

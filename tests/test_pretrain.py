@@ -131,7 +131,7 @@ def test_a_run_that_goes_on_has_the_same_losses(
     def stop_in_the_second_epoch(self: LabelledFaces, chosen: torch.Tensor) -> Any:
         nonlocal calls
         calls += 1
-        if calls > 7:  # an epoch reads three batches to learn from and three to score
+        if calls > 10:  # three are read before; an epoch reads three to learn from and three to score
             raise KeyboardInterrupt
         return real(self, chosen)
 
@@ -310,11 +310,13 @@ def test_an_image_that_cannot_be_read_is_left_out_of_training_and_ends_a_scoring
 
     damaged = replace(faces, image=image)
     report = pretrain_encoder(damaged, faces, tmp_path / "a", changed(face_config, sampling="uniform"))
+    assert "46 validation faces have names of training faces" in "\n".join(report.notes)
     assert [failure.video_id for failure in report.failures] == ["face07"]
     assert "damaged" in (tmp_path / "a" / "status.csv").read_text()
     assert len(history(tmp_path / "a")) == 3
     with pytest.raises(DataError, match=r"Validation faces that cannot be read:(?s:.*)face07\.jpg"):
         pretrain_encoder(faces, damaged, tmp_path / "b", face_config)
+    assert not (tmp_path / "b").exists(), "said before anything is trained"
     with pytest.raises(DataError, match=r"face07\.jpg"):
         evaluate_faces("drawn_swin", damaged)
 

@@ -29,6 +29,10 @@ from vnaw_pipeline.textlines import LineProblem, located
 Severity = Literal["error", "warning"]
 
 
+_USUAL_DIFFERENCE = 2
+"""Frames by which annotations and decoded videos of Aff-Wild2 differ: -1 to 2."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One finding. An `error` makes a run fail or its scores wrong; a `warning` should be known."""
@@ -73,8 +77,9 @@ def check_manifest(
     `further_tasks` are those beside `task` that the manifest was built for; their files are found as `read_labels`
     finds them.
 
-    A length that differs by one frame is a warning, by more an error. It is compared with the videos where
-    `videos_dir` is given, else with what packs and `vnaw crop` recorded, else with the highest image number.
+    A length that differs by one or two frames, as in Aff-Wild2, is a warning, by more an error. It is compared with the
+    videos where `videos_dir` is given, else with what packs and `vnaw crop` recorded, else with the highest image
+    number.
     """
     if isinstance(manifest, Path):
         path = manifest
@@ -145,8 +150,7 @@ def _annotation_problems(rows: list[_Row], annotations_dir: Path, task: Task) ->
 
 
 def _further_problems(rows: list[_Row], annotations_dir: Path, task: Task) -> Iterator[Problem]:
-    """The files of a task beside the manifest's first. A length that differs by one frame is a warning, by more an
-    error: such frames go without a label."""
+    """The files of a task beside the manifest's first. Frames beyond their length go without a label."""
     try:
         files = find_annotations(annotations_dir, task)
     except DataError as error:
@@ -288,4 +292,4 @@ def _length_problem(row: _Row, num_frames: int, seen: str) -> Iterator[Problem]:
     difference = abs(row.num_frames - num_frames)
     if difference:
         defined_by = f"{row.num_frames} annotation rows" if row.annotation else f"num_frames {row.num_frames}"
-        yield row.problem("error" if difference > 1 else "warning", f"{defined_by}, but {seen}")
+        yield row.problem("error" if difference > _USUAL_DIFFERENCE else "warning", f"{defined_by}, but {seen}")

@@ -24,6 +24,7 @@ from vnaw_pipeline.features.encoder import (
     encoder_of_weights,
     load_encoder,
     parameter_groups,
+    recorded_of,
     resolve_pool,
 )
 from vnaw_pipeline.losses.images import distillation_loss
@@ -65,6 +66,11 @@ class LabelledFaces:
     def __len__(self) -> int:
         return len(self._index)
 
+    @property
+    def names(self) -> list[str]:
+        """Of the faces that have a target."""
+        return [self._faces.names[index] for index in self._index.tolist()]
+
     def read(self, chosen: Tensor) -> ImageBatch:
         """Read some of the faces, by their place (B,) among those that have a target."""
         side = self._preprocessing.input_px
@@ -99,7 +105,7 @@ def pretrain_encoder(
     `observe` is called with the model after each epoch; its figures join the epoch's in `metrics.jsonl`.
 
     Raises:
-        DataError: a set or a validation image that cannot be read; no face with a label.
+        DataError: a set, or validation images (all are named), that cannot be read; no face with a label.
         ConfigError, CheckpointError: as `build_encoder`; a teacher without a head; the folder holds another run.
     """
     started = time.monotonic()
@@ -112,9 +118,13 @@ def pretrain_encoder(
     for faces, what in ((learnt, f"label of source '{settings.label_source}'"), (scored, "majority label")):
         if len(faces) == 0:
             raise DataError(f"No face of the {'training' if faces is learnt else 'validation'} sets has a {what}.")
+    for places in torch.split(torch.arange(len(scored)), settings.batch_faces):
+        scored.read(places)
+    _refuse_unreadable(scored)  # before an epoch is spent
     labels = {"train": train.digest(), "validation": validation.digest()}
     teacher = _load_teacher(settings.teacher, config.seed) if settings.teacher is not None else None
     taught_by = teacher.weights_digest if teacher is not None else None
+    taught_from = teacher.learnt_from if teacher is not None else ()
     folder = begin_run(run_dir, config, _SECTIONS, overwrite, {"labels": labels, "teacher": taught_by})
     against_labels = label_objective(settings.loss, learnt.targets)
     recipe = Recipe(
@@ -133,12 +143,14 @@ def pretrain_encoder(
             "config": config.model_dump(mode="json", include=_SECTIONS),
             "labels": labels,
             "teacher": taught_by,
+            "learnt_from": sorted({*recorded_of(config.encoder).get("learnt_from", ()), *taught_from}),
         },
         label="pretrain",
         memory=against_labels.memory,
         parameter_groups=parameter_groups(model, settings.weight_decay, layer_decay=1.0, frozen_stages=0),
     )
     optimisation = encoder_optimisation(settings, -(-len(learnt) // settings.batch_faces), config.seed)
+    learnt_too = set(learnt.names) & set(scored.names)
     before = folder.epochs_done()
     history = fit(recipe, optimisation, folder)
     best = max(history, key=lambda row: row[SCORE])
@@ -153,9 +165,14 @@ def pretrain_encoder(
         failures=[Failure(name, None, reason) for name, reason in unreadable.items()],
         notes=[
             f"best macro-F1 {100 * best[SCORE]:.2f}, accuracy {100 * best['accuracy']:.2f} on {len(scored)} validation "
-            f"faces, in epoch {best['epoch']}"
+            f"faces, in epoch {best['epoch']}",
         ],
     )
+    if learnt_too:
+        report.notes.append(
+            f"{len(learnt_too)} validation faces have names of training faces; if they are the same, the score says "
+            "little"
+        )
     if state.is_main_process and folder.wants_record(report.done):
         report.write_status(run_dir / "status.csv")
         folder.write_record(
@@ -231,6 +248,11 @@ def _ask(teacher: Encoder, images: Tensor, preprocessing: Preprocessing) -> Tens
     return logits
 
 
+def _refuse_unreadable(scored: LabelledFaces) -> None:
+    if unreadable := sorted(set(gather_all(list(scored.unreadable.values())))):
+        raise DataError("Validation faces that cannot be read:\n" + listing(unreadable))
+
+
 @torch.inference_mode()
 def _evaluate(
     scored: LabelledFaces,
@@ -246,8 +268,7 @@ def _evaluate(
         return logits.argmax(dim=1)
 
     predicted = predicted_classes(len(scored), settings.batch_faces, classify)
-    if unreadable := gather_all(list(scored.unreadable.values())):
-        raise DataError("Validation faces that cannot be read:\n" + listing(unreadable))
+    _refuse_unreadable(scored)
     scores = expression_scores(scored.targets.argmax(dim=1).numpy(), predicted.numpy(), len(EXPRESSIONS))
     observed = observe(model) if observe is not None else {}
     return {SCORE: scores.macro_f1, "accuracy": scores.accuracy, **observed}
