@@ -132,13 +132,17 @@ def main(
             missing = [job for job in dict.fromkeys(jobs) if not results.has(*job)]
             arguments = (faces, validation, imagenet, work_dir, num_faces, epochs)
             running = {pool.submit(one_run, job, *arguments): job for job in missing}
-            for done in as_completed(running):
-                setting, name, seed = running[done]
-                figures = done.result()
-                results.add({"setting": setting, "objective": name, "seed": seed, **figures})
-                sys.stdout.write(f"{setting} {name} seed {seed}: accuracy {100 * figures['accuracy']:.2f}\n")
-                sys.stdout.flush()
-                write_text(work_dir / "tables.md", tables(results))
+            try:
+                for done in as_completed(running):
+                    setting, name, seed = running[done]
+                    figures = done.result()
+                    results.add({"setting": setting, "objective": name, "seed": seed, **figures})
+                    sys.stdout.write(f"{setting} {name} seed {seed}: accuracy {100 * figures['accuracy']:.2f}\n")
+                    sys.stdout.flush()
+                    write_text(work_dir / "tables.md", tables(results))
+            except BaseException:  # no run is started whose result nobody would write down
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
         run((setting, name, 0) for setting in SETTINGS for name in names_of(setting))
         for seed in range(1, seeds):
@@ -148,8 +152,9 @@ def main(
 
 def begin(work_dir: Path, budget: dict[str, int]) -> None:
     """Write down what all runs of a folder have in common, or refuse a folder whose runs have something else."""
-    recipe = config_of("cross-entropy", None, Path(), budget["epochs"], 0).model_dump(mode="json")
-    common = {**budget, "recipe": digest_bytes(json.dumps(recipe, sort_keys=True).encode())}
+    names = dict.fromkeys(name.removesuffix(GOLD) for setting in SETTINGS for name in names_of(setting))
+    recipes = [config_of(name, None, Path(), budget["epochs"], 0).model_dump(mode="json") for name in names]
+    common = {**budget, "recipes": digest_bytes(json.dumps(recipes, sort_keys=True).encode())}
     path = work_dir / "common.json"
     if path.exists() and (found := json.loads(path.read_text())) != common:
         raise SystemExit(
