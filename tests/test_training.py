@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import math
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,16 @@ def test_fit_learns_and_keeps_the_best_epoch(tmp_path: Path) -> None:
     _, header = load_tensors(RunFolder(tmp_path).best)
     assert header["epoch"] == best["epoch"]
     assert [row["epoch"] for row in history] == list(range(12))
+
+
+def test_a_loss_that_is_no_number_ends_the_training_and_keeps_what_was_written(tmp_path: Path) -> None:
+    recipe, _ = regression()
+    steps = recipe.steps
+    broken = replace(recipe, steps=lambda epoch: [[x * (math.nan if epoch == 2 else 1)] for (x,) in steps(epoch)])
+    with pytest.raises(DataError, match=r"loss became nan in epoch 2, at learning rate 0\.05 in fp32; .*epochs before"):
+        fit(broken, optimisation(4), RunFolder(tmp_path))
+    assert len(losses(tmp_path)) == 2
+    assert all(tensor.isfinite().all() for tensor in load_tensors(RunFolder(tmp_path).last)[0].values())
 
 
 def test_going_on_equals_not_having_stopped(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vnaw_pipeline.checkpoints import load_tensors, save_tensors
 from vnaw_pipeline.config import PipelineConfig
-from vnaw_pipeline.errors import CheckpointError, ConfigError
+from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
 from vnaw_pipeline.processes import agree, keep_freed_memory, meet, process_state, sum_over_processes
 from vnaw_pipeline.provenance import differences, flat
 from vnaw_pipeline.runs import RunFolder
@@ -113,6 +113,7 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
 
     Raises:
         CheckpointError: the last checkpoint is of another model or of other data.
+        DataError: the loss of an epoch is not a number, or infinite.
     """
     accelerator = _open_accelerator(optimisation, folder.path)
     if accelerator.device.type == "cpu":
@@ -151,6 +152,7 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
                     move_average(average, accelerator.unwrap_model(model), optimisation.ema_decay, steps_before)
                 bar.advance(1)
             train_loss = float(sum_over_processes(loss_sum) / sum_over_processes(units).clamp(min=1))
+            _refuse_diverged(train_loss, epoch, optimisation, folder)
             model.eval()
             # Without the wrapper of mixed precision: an epoch is scored as predictions are made.
             kept = accelerator.unwrap_model(model, keep_fp32_wrapper=False) if average is None else average
@@ -172,6 +174,15 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
     for tracker in accelerator.trackers:  # end_training() would also part the processes, who have more to do
         tracker.finish()
     return progress.history
+
+
+def _refuse_diverged(train_loss: float, epoch: int, optimisation: Optimisation, folder: RunFolder) -> None:
+    if not math.isfinite(train_loss):
+        kept = f"{folder.last} has the epochs before" if epoch else "nothing was written"
+        raise DataError(
+            f"The training loss became {train_loss} in epoch {epoch}, at learning rate {optimisation.learning_rate:g} "
+            f"in {optimisation.precision}; {kept}. Lower the learning rate, or train in fp32, in a new run folder."
+        )
 
 
 def _train_mode(model: nn.Module) -> None:
@@ -206,8 +217,8 @@ def split_step(units: Tensor, process_index: int, num_processes: int, accumulati
     parts = num_processes * accumulation
     if len(units) < parts:
         raise ConfigError(
-            f"A step of {len(units)} cannot be split over {num_processes} processes x {accumulation} passes; "
-            "raise the batch size or lower train.accumulation."
+            f"A step of {len(units)} cannot be split over {num_processes} processes x {accumulation} passes; use fewer "
+            "processes or a lower train.accumulation, or, where there is enough to learn from, larger steps."
         )
     return list(units.tensor_split(parts)[process_index * accumulation : (process_index + 1) * accumulation])
 
