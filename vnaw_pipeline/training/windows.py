@@ -50,6 +50,7 @@ from vnaw_pipeline.windows.plan import (
     balanced_weights,
     draw_by_weight,
     labelled_share,
+    of_rows,
     plan_windows,
     window_labels,
     window_rows,
@@ -309,7 +310,9 @@ class Drawing:
             plan, count = self.plan.select(of_step), len(of_step)
             rows = skip_frames(plan, self.first, self.any_label, windows.window_frames, windows.skip, augmentation)
             block = cache(partial(self._block, count, augmentation, seeds))
-            units = {each.name: count_units(each, self.row_labels[each.name][rows], config) for each in config.tasks}
+            units = {
+                each.name: count_units(each, of_rows(self.row_labels[each.name], rows), config) for each in config.tasks
+            }
             yield [
                 WindowDraw(rows[part], plan.video[part], *self._augmentation(part, block), units)
                 for part in split_step(

@@ -9,6 +9,7 @@ from torch import Tensor
 from vnaw_pipeline.features.bank import FeatureBank
 from vnaw_pipeline.features.views import PLAIN
 from vnaw_pipeline.tasks import TaskName
+from vnaw_pipeline.windows.plan import of_rows
 
 
 class WindowBatch(NamedTuple):
@@ -49,8 +50,8 @@ def gather_windows(
         embeddings.index_copy_(0, put(chosen, bank.device), gather_view(bank, view, rows[chosen]))
     return WindowBatch(
         embeddings=embeddings,
-        valid=bank.valid[device_rows],
-        labels={name: of_task[device_rows] for name, of_task in row_labels.items()},
+        valid=of_rows(bank.valid, device_rows),
+        labels={name: of_rows(of_task, device_rows) for name, of_task in row_labels.items()},
         frame_index=frame_index,
         video=video,
     )
