@@ -77,7 +77,7 @@ FROZEN_OPTIONS = {
     "cascade": {"--manifest", "--annotations", "--store", "--out", "--config", "--set"},
     "submit": {"--run-dir", "--template", "--out", "--split", "--predictions"},
     "infer": {"--out", "--encoder", "--run-dir", "--camera", "--config", "--set"},
-    "bench": {"--work-dir", "--quick", "--json"},
+    "bench": {"--work-dir", "--quick", "--videos", "--json"},
 }
 """A new option belongs in the config unless it says where; then add it here."""
 

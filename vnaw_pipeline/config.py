@@ -91,8 +91,8 @@ class ExtractConfig(_Section):
     batch_frames: int = Field(default=32, gt=0)
     """Frames per forward pass. A last short batch is padded to it, so the batch never changes a number."""
     backend: Literal["auto", "torch", "openvino"] = "auto"
-    """`auto`: OpenVINO on a CPU that computes in bf16, if it is installed (the extra `cpu-fast`) and fp32 is not asked
-    for; else PyTorch. What was used, of this and of `precision`, is in the store's fingerprint."""
+    """`auto`: OpenVINO on a CPU, if it is installed (the extra `cpu-fast`) and fp32 is not asked for; else PyTorch.
+    What was used, of this and of `precision`, is in the store's fingerprint."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 where the device computes in it, else fp32."""
     decode_threads: int = Field(default=2, gt=0)

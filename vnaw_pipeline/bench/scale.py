@@ -55,8 +55,8 @@ def measure_scale(work: Path, size: Size) -> list[Figure]:
         slope = max(times[2] - times[1], 0) / (frames[2] - frames[1])
         seen = ", ".join(f"{time:.2f} s" for time in times)
         detail = f"{seen} at {', '.join(map(str, size.scale_videos))} videos"
-        if frames[2] < full:
-            detail += f"; extrapolated to {FULL_VIDEOS}"
+        if frames[2] != full:
+            detail += f"; by a line through the last two to {FULL_VIDEOS}"
         goal = _GOALS.get(stage.partition(",")[0], _STAGE_GOAL)
         figures.append(Figure(f"{stage}, s", times[2] + slope * (full - frames[2]), goal, detail))
         if times[2] >= _TOO_SHORT_S:

@@ -1,6 +1,7 @@
 """How large everything is measured."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from vnaw_pipeline.config import EncoderConfig, TemporalConfig
 from vnaw_pipeline.rendering.plan import DatasetPlan
@@ -59,6 +60,15 @@ class Size:
     prediction_memory_frames: tuple[int, int]
     scale_videos: tuple[int, int, int]
 
+    def of_videos(self, count: int) -> Self:
+        """With so many videos, 30 or more, in what grows with the data."""
+        return replace(
+            self,
+            bank_videos=count // 5,
+            prediction_videos=count,
+            scale_videos=(max(3, count // 100), count // 10 + 2, count),
+        )
+
 
 FULL = Size(
     repeats=5,
@@ -75,18 +85,19 @@ FULL = Size(
     scale_videos=(5, 55, 548),
 )
 QUICK = Size(
-    repeats=3,
+    repeats=2,
     disk_bytes=2_000_000_000,
     extraction_frames=256,
     eager_frames=32,
     drawn=DatasetPlan(train_videos=6, validation_videos=4, test_videos=1, frames=(200, 300)),
-    drawn_epochs=3,
+    drawn_epochs=12,
+    widths=(768,),
     bank_videos=20,
     npy_frames=2_000,
     step_windows=16,
     steps=2,
     prediction_videos=10,
     extraction_memory_frames=(2_000, 20_000),
-    prediction_memory_frames=(220_000, 440_000),
+    prediction_memory_frames=(110_000, 220_000),
     scale_videos=(3, 8, 24),
 )

@@ -53,7 +53,8 @@ class Arithmetic:
 
 def resolve_arithmetic(backend: str, precision: str, device: torch.device) -> Arithmetic:
     """What `auto` stands for. In precision: bf16 where it is computed in (a GPU that says so, a CPU with AVX-512 bf16),
-    else fp32. In backend: OpenVINO in bf16 on such a CPU if it is installed, else PyTorch. OpenVINO uses no GPU.
+    else fp32. In backend: OpenVINO on a CPU if it is installed, else PyTorch; PyTorch too where fp32 is asked for, by
+    who wants the reference, and where bf16 would be imitated. OpenVINO uses no GPU.
 
     Raises:
         ConfigError: OpenVINO is wanted and not installed, or in a precision that it would silently replace.
@@ -61,11 +62,11 @@ def resolve_arithmetic(backend: str, precision: str, device: torch.device) -> Ar
     if backend == "openvino":
         device = torch.device("cpu")
     in_bf16 = computes_bf16(device)
+    if backend == "auto":
+        is_faster = device.type == "cpu" and (precision == "auto" or (precision == "bf16" and in_bf16))
+        backend = "openvino" if is_faster and openvino_is_installed() else "torch"
     if precision == "auto":
         precision = "bf16" if in_bf16 else "fp32"
-    if backend == "auto":
-        is_faster = device.type == "cpu" and in_bf16 and precision == "bf16"
-        backend = "openvino" if is_faster and openvino_is_installed() else "torch"
     if backend == "openvino" and not openvino_is_installed():
         raise ConfigError(
             "OpenVINO is to compute the embeddings (extract.backend says so, or the run's features were made by it), "
