@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from vnaw_pipeline.checkpoints import load_tensors
+from vnaw_pipeline.cli import app
 from vnaw_pipeline.config import EncoderConfig, PipelineConfig, dump_config
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
 from vnaw_pipeline.facesets.read import read_faces
@@ -319,6 +321,41 @@ def test_an_image_that_cannot_be_read_is_left_out_of_training_and_ends_a_scoring
     assert not (tmp_path / "b").exists(), "said before anything is trained"
     with pytest.raises(DataError, match=r"face07\.jpg"):
         evaluate_faces("drawn_swin", damaged)
+
+
+@pytest.fixture
+def seven_file(faces_file: Path, tmp_path: Path) -> Path:
+    """Those of the faces that none calls Other, as in RAF-DB, FER2013 and AffectNet-7: seven classes occur."""
+    arrays = dict(np.load(faces_file))
+    kept = np.flatnonzero(read_faces(faces_file, "train").majority() != EXPRESSIONS.index("Other"))
+    np.savez(tmp_path / "seven.npz", **{key: array[kept] for key, array in arrays.items()})
+    return tmp_path / "seven.npz"
+
+
+def test_a_class_that_no_face_has_costs_nothing(
+    seven_file: Path, face_config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faces = read_faces(seven_file, "validation")
+    monkeypatch.setattr(
+        "vnaw_pipeline.prediction.faces.classify", lambda _, of, chosen: np.eye(8)[of.majority()[chosen]]
+    )
+    found = evaluate_faces("drawn_swin", faces)
+    assert found.scores.macro_f1 == 1
+    assert found.as_json()["num_classes"] == 7
+
+    preprocessing = Preprocessing(input_px=32, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bicubic")
+    scored = LabelledFaces(faces, faces.targets("majority"), preprocessing)
+    order = iter(torch.eye(8)[scored.targets.argmax(dim=1)].split(face_config.pretrain.batch_faces))
+    figures = training._evaluate(scored, preprocessing, face_config.pretrain, None, lambda images: next(order))
+    assert figures == {"macro_f1": 1.0, "accuracy": 1.0}
+
+
+def test_the_command_says_how_many_classes_it_scores(seven_file: Path, tmp_path: Path) -> None:
+    arguments = ["--encoder", "drawn_swin", "--faces", str(seven_file), "--json", str(tmp_path / "scores.json")]
+    done = CliRunner().invoke(app, ["evaluate", *arguments])
+    assert done.exit_code == 0, done.output
+    assert "faces with a majority; macro-F1 over the 7 classes that occur)" in done.output
+    assert json.loads((tmp_path / "scores.json").read_text())["num_classes"] == 7
 
 
 def test_erased_rectangles_have_their_size_and_lie_inside() -> None:

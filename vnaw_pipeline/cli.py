@@ -510,7 +510,8 @@ def _evaluate_encoder(encoder: str, faces: Path, split: Split, json_file: Path |
     from vnaw_pipeline.provenance import write_json
 
     found = evaluate_faces(encoder, faces, split)
-    typer.echo(format_scores(found.scores, TASKS["expr8"], "faces with a majority"))
+    scored = f"faces with a majority; macro-F1 over the {found.scores.num_classes} classes that occur"
+    typer.echo(format_scores(found.scores, TASKS["expr8"], scored))
     typer.echo(f"{found.frames_per_second:.0f} faces/s")
     if json_file is not None:
         write_json(json_file, found.as_json())

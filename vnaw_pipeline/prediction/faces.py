@@ -15,7 +15,7 @@ from vnaw_pipeline.facesets.faces import FaceSet
 from vnaw_pipeline.facesets.read import read_faces
 from vnaw_pipeline.features.backends import make_encode, one_core_per_forward, resolve_arithmetic
 from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_encoder
-from vnaw_pipeline.metrics import ExpressionScores, expression_scores
+from vnaw_pipeline.metrics import ExpressionScores, face_scores
 from vnaw_pipeline.processes import process_state
 from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL, Split
 
@@ -24,7 +24,8 @@ _BATCH_FACES = 64
 
 @dataclass(frozen=True)
 class FaceScores:
-    """Scores against the majority of the voters, and how many faces were read, resized and encoded per second."""
+    """Scores against the majority of the voters, macro-F1 over the classes that these chose for a face, and how many
+    faces were read, resized and encoded per second."""
 
     scores: ExpressionScores
     frames_per_second: float
@@ -35,6 +36,7 @@ class FaceScores:
         return {
             "accuracy": self.scores.accuracy,
             "macro_f1": self.scores.macro_f1,
+            "num_classes": self.scores.num_classes,
             "per_class": {
                 name: {
                     "f1": float(self.scores.f1[index]),
@@ -68,7 +70,7 @@ def evaluate_faces(encoder: str | Path, faces: Path | FaceSet, split: Split = "v
     started = time.monotonic()
     predicted = classify(load_classifier(encoder), opened, chosen).argmax(axis=1)
     seconds = time.monotonic() - started
-    return FaceScores(expression_scores(labels[chosen], predicted, len(EXPRESSIONS)), len(chosen) / seconds)
+    return FaceScores(face_scores(labels[chosen], predicted, len(EXPRESSIONS)), len(chosen) / seconds)
 
 
 def load_classifier(weights: str | Path) -> Encoder:

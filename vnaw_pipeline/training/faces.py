@@ -28,7 +28,7 @@ from vnaw_pipeline.features.encoder import (
     resolve_pool,
 )
 from vnaw_pipeline.losses.images import distillation_loss
-from vnaw_pipeline.metrics import expression_scores
+from vnaw_pipeline.metrics import face_scores
 from vnaw_pipeline.processes import gather_all, process_state
 from vnaw_pipeline.stages import Failure, StageReport
 from vnaw_pipeline.tasks import EXPRESSIONS, TASKS, Split
@@ -99,7 +99,8 @@ def pretrain_encoder(
     overwrite: bool = False,
     observe: Callable[[nn.Module], dict[str, float]] | None = None,
 ) -> StageReport:
-    """Train the encoder and a linear head on static faces; every epoch scores all validation faces by their majority.
+    """Train the encoder and a linear head on static faces; every epoch scores all validation faces by their majority
+    (macro-F1 over the classes that occur among them).
 
     A training image that cannot be read is left out and is a failure of the report.
     `observe` is called with the model after each epoch; its figures join the epoch's in `metrics.jsonl`.
@@ -269,6 +270,6 @@ def _evaluate(
 
     predicted = predicted_classes(len(scored), settings.batch_faces, classify)
     _refuse_unreadable(scored)
-    scores = expression_scores(scored.targets.argmax(dim=1).numpy(), predicted.numpy(), len(EXPRESSIONS))
+    scores = face_scores(scored.targets.argmax(dim=1).numpy(), predicted.numpy(), len(EXPRESSIONS))
     observed = observe(model) if observe is not None else {}
     return {SCORE: scores.macro_f1, "accuracy": scores.accuracy, **observed}
