@@ -724,6 +724,16 @@ def test_another_encoder_than_the_runs_is_refused(run_dir: Path) -> None:
         infer_video(carphone_path(), encoder=DEFAULT_ENCODER, run_dir=run_dir)
 
 
+def test_a_run_on_features_whose_store_records_a_dropout_is_read(run_dir: Path, tiny_config: PipelineConfig) -> None:
+    """As stores of earlier versions do; it acts in training only."""
+    run = open_run(run_dir)
+    features = run.header["features"]
+    model_args = {**features["model_args"], "drop_path_rate": 0.3}
+    earlier = replace(run, header={**run.header, "features": {**features, "model_args": model_args}})
+    with open_models(tiny_config, None, earlier) as models:
+        assert models.run is earlier
+
+
 def test_a_run_on_imported_features_is_refused(run_dir: Path, tiny_config: PipelineConfig) -> None:
     run = open_run(run_dir)
     imported = replace(run, header={**run.header, "features": {"imported": "tree", "name": "features_mean"}})

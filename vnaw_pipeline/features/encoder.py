@@ -28,6 +28,8 @@ from vnaw_pipeline.provenance import differences, digest_bytes
 
 _LOG = logging.getLogger(__name__)
 WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
+_TRAINING_ARGS = ("drop_rate", "drop_path_rate")
+"""Of a model's arguments, those that act in training only: neither weights nor embeddings depend on them."""
 _LUMA = (0.299, 0.587, 0.114)
 _CV2_INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 
@@ -131,12 +133,17 @@ class Encoder:
         """What decides an embedding, for the feature store's attributes."""
         return {
             "encoder": self.name,
-            "model_args": self.model_args,
+            "model_args": lasting_args(self.model_args),
             "weights": self.weights_digest,
             "pool": self.pool,
             **({"learnt_from": list(self.learnt_from)} if self.learnt_from else {}),
             **self.preprocessing.recorded(),
         }
+
+
+def lasting_args(model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's arguments without those that act in training only."""
+    return {key: value for key, value in model_args.items() if key not in _TRAINING_ARGS}
 
 
 def create_model(config: EncoderConfig, num_classes: int, seed: int = 0) -> nn.Module:
@@ -202,7 +209,10 @@ def build_encoder(
     # Size, detail and region may be chosen anew; other channel statistics would go unnoticed and spoil everything.
     statistics = {key: preprocessing.recorded()[key] for key in ("mean", "std", "grey")}
     wanted = {"encoder": config.name, "model_args": config.model_args, **statistics}
-    if unlike := differences({key: header.get(key, value) for key, value in wanted.items()}, wanted):
+    found = {key: header.get(key, value) for key, value in wanted.items()}
+    for each in (found, wanted):
+        each["model_args"] = lasting_args(each["model_args"])
+    if unlike := differences(found, wanted):
         raise CheckpointError(f"{path} holds another encoder than the config names: {'; '.join(unlike)}.")
     classifier = _classifier_of(model)
     current = model.state_dict()
