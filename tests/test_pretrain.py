@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vnaw_pipeline.checkpoints import load_tensors
+from vnaw_pipeline.checkpoints import load_tensors, save_tensors
 from vnaw_pipeline.cli import app
 from vnaw_pipeline.config import EncoderConfig, PipelineConfig, dump_config
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
@@ -218,8 +218,6 @@ def test_a_student_is_drawn_to_its_teacher(faces_file: Path, face_config: Pipeli
     assert max(accuracies) > 0.6, "the single labels of this set are shuffled; only the teacher knows"
     bare = tmp_path / "bare.safetensors"
     tensors, header = load_tensors(weights)
-    from vnaw_pipeline.checkpoints import save_tensors
-
     save_tensors(bare, {key: value for key, value in tensors.items() if not key.startswith("head.fc")}, header)
     with pytest.raises(ConfigError, match="no head for the eight expressions"):
         pretrain_encoder(faces, faces, tmp_path / "x", changed(face_config, teacher=bare))
@@ -263,6 +261,18 @@ def test_a_rerun_of_a_finished_training_leaves_what_was_recorded(
         assert pretrain_encoder(faces, faces, tmp_path / "run", changed(face_config, epochs=1)).done == done
         times.append([path.stat().st_mtime_ns for path in kept])
     assert times[0] == times[1]
+
+
+def test_a_run_goes_on_that_did_not_record_which_recordings_it_knows(
+    faces_file: Path, face_config: PipelineConfig, tmp_path: Path
+) -> None:
+    """As earlier ones did not; most know none."""
+    faces, last = read_faces(faces_file, "train"), tmp_path / "run" / "checkpoint" / "last.safetensors"
+    config = changed(face_config, epochs=1)
+    pretrain_encoder(faces, faces, tmp_path / "run", config)
+    tensors, header = load_tensors(last)
+    save_tensors(last, tensors, {key: value for key, value in header.items() if key != "learnt_from"})
+    assert pretrain_encoder(faces, faces, tmp_path / "run", config).skipped == 1
 
 
 def test_a_transition_of_another_size_is_refused(faces_file: Path, face_config: PipelineConfig, tmp_path: Path) -> None:

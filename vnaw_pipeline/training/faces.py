@@ -126,6 +126,7 @@ def pretrain_encoder(
     teacher = _load_teacher(settings.teacher, config.seed) if settings.teacher is not None else None
     taught_by = teacher.weights_digest if teacher is not None else None
     taught_from = teacher.learnt_from if teacher is not None else ()
+    learnt_from = sorted({*recorded_of(config.encoder).get("learnt_from", ()), *taught_from})
     folder = begin_run(run_dir, config, _SECTIONS, overwrite, {"labels": labels, "teacher": taught_by})
     against_labels = label_objective(settings.loss, learnt.targets)
     recipe = Recipe(
@@ -144,7 +145,7 @@ def pretrain_encoder(
             "config": config.model_dump(mode="json", include=_SECTIONS),
             "labels": labels,
             "teacher": taught_by,
-            "learnt_from": sorted({*recorded_of(config.encoder).get("learnt_from", ()), *taught_from}),
+            **({"learnt_from": learnt_from} if learnt_from else {}),
         },
         label="pretrain",
         memory=against_labels.memory,
