@@ -38,8 +38,8 @@ from vnaw_pipeline.training.images import (
     encoder_optimisation,
     erase_rectangles,
     label_objective,
+    model_outputs,
     own_batches,
-    predicted_classes,
     read_ahead,
     vary_images,
 )
@@ -265,11 +265,11 @@ def _evaluate(
 ) -> dict[str, float]:
     device = process_state().device
 
-    def classify(places: Tensor) -> Tensor:
+    def answer(places: Tensor) -> Tensor:
         logits: Tensor = model(preprocessing.normalise(scored.read(places).images.to(device)))
-        return logits.argmax(dim=1)
+        return logits
 
-    predicted = predicted_classes(len(scored), settings.batch_faces, classify)
+    predicted = model_outputs(len(scored), len(EXPRESSIONS), settings.batch_faces, answer).argmax(dim=1)
     _refuse_unreadable(scored)
     scores = face_scores(scored.targets.argmax(dim=1).numpy(), predicted.numpy(), len(EXPRESSIONS))
     observed = observe(model) if observe is not None else {}
