@@ -704,14 +704,19 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     ("given", "damaged", "reason"),
     [
         (b"bicubic", b"bilinea", "is damaged: its digest is"),
-        (b"model_args", b"model_brgs", "does not record which encoder"),
+        (b"model_args", b"model_brgs", "is damaged: its digest is"),
+        (b'\\"kind\\": \\"e', b'\\"kind\\": \\"f', "is damaged: its digest is"),
+        (b"tf_efficientnet_lite0", b"tf_efficientnet_lite9", "is damaged: its digest is"),
+        (b'model_args\\": {}', b'model_args\\": []', "is damaged: its digest is"),
+        (b'mean\\": [0', b'mean\\": [9', "is damaged: its digest is"),
+        (b'pool\\": null', b'pool\\": 1234', "is damaged: its digest is"),
         (b'\\"kind\\":', b'\\"kind\\";', "is damaged: what it records of itself"),
     ],
 )
 def test_damage_in_what_weights_record_of_themselves(given: bytes, damaged: bytes, reason: str, tmp_path: Path) -> None:
     tensors, header = load_tensors(WEIGHTS_DIR / f"{DEFAULT_ENCODER}.safetensors")
     path = tmp_path / "ours.safetensors"
-    save_tensors(path, tensors, {**header, "interpolation": "bicubic"})
+    save_tensors(path, tensors, {**header, "interpolation": "bicubic", "pool": None})
     content = path.read_bytes()
     assert given in content
     path.write_bytes(content.replace(given, damaged))

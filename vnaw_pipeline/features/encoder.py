@@ -5,6 +5,7 @@ Shapes: `B` frames of a batch, `S` input side in pixels, `D` embedding width.
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import cv2
 import numpy as np
 import timm
 import torch
+from pydantic import ValidationError
 from timm.data.config import resolve_model_data_config
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay  # type: ignore[attr-defined]
@@ -200,12 +202,13 @@ def build_encoder(
         ConfigError: unknown model or arguments; weights that cannot be downloaded.
         CheckpointError: a weights file that is missing, damaged, a pickle not asked for, or of another model.
     """
+    path = find_weights(config.weights) if isinstance(config.weights, Path) else None
+    # Before what they record of themselves is used: this checks their digest.
+    state, header = load_tensors(path, allow_pickle) if path is not None else ({}, {})
     model = create_model(config, num_classes, seed).to(memory_format=torch.channels_last)  # as `normalise` gives images
-    if not isinstance(config.weights, Path):
-        return model, _preprocessing(model, config, {}), {}
-    path = find_weights(config.weights)
-    state, header = load_tensors(path, allow_pickle)
     preprocessing = _preprocessing(model, config, header)
+    if path is None:
+        return model, preprocessing, {}
     # Size, detail and region may be chosen anew; other channel statistics would go unnoticed and spoil everything.
     statistics = {key: preprocessing.recorded()[key] for key in ("mean", "std", "grey")}
     wanted = {"encoder": config.name, "model_args": config.model_args, **statistics}
@@ -274,8 +277,10 @@ def encoder_of_weights(weights: str | Path) -> EncoderConfig:
     """The config of an encoder whose weights file records what it is: one that ships, by its name (its ending may be
     left out), or a file of ours.
 
+    The file's digest is checked where its weights are loaded; here only if what it records is of no use.
+
     Raises:
-        CheckpointError: no such file, or one that does not record its model.
+        CheckpointError: no such file, or one that is damaged or does not record its model.
     """
     path = Path(weights)
     if not path.suffix and (WEIGHTS_DIR / f"{path}.safetensors").is_file():
@@ -286,11 +291,14 @@ def encoder_of_weights(weights: str | Path) -> EncoderConfig:
             f"There are no encoder weights '{weights}': not a file, and not one that ships ({shipped})."
         )
     header = weights_header(path)
-    if header.get("kind") != "encoder" or not {"encoder", "model_args"} <= header.keys():
-        raise CheckpointError(
-            f"{path} does not record which encoder it holds. Give one that `vnaw pretrain` or `vnaw finetune` wrote."
-        )
-    return EncoderConfig(name=header["encoder"], weights=path, model_args=header["model_args"])
+    with suppress(KeyError, ValidationError):
+        if header.get("kind") == "encoder":
+            return EncoderConfig(name=header["encoder"], weights=path, model_args=header["model_args"])
+    if path.suffix == ".safetensors":
+        load_tensors(find_weights(path))
+    raise CheckpointError(
+        f"{path} does not record which encoder it holds. Give one that `vnaw pretrain` or `vnaw finetune` wrote."
+    )
 
 
 def resolve_pool(config: EncoderConfig) -> str | None:
