@@ -766,6 +766,18 @@ def test_a_run_from_the_command_line(
     np.testing.assert_allclose(written[PROBABILITIES], wanted[PROBABILITIES], atol=1e-6)
 
 
+def test_a_pickle_is_read_only_if_asked_for(run_dir: Path, tiny_config: PipelineConfig, tmp_path: Path) -> None:
+    """The error names the option that this command has too; the weights are those that the run's features are of."""
+    torch.save(load_encoder(tiny_config.encoder).model.state_dict(), tmp_path / "encoder.pth")
+    line = ["infer", str(carphone_path()), "--run-dir", str(run_dir), "--out", str(tmp_path / "out")]
+    line += ["--set", f"encoder.weights={tmp_path / 'encoder.pth'}"]
+    refused = CliRunner().invoke(app, line)
+    assert isinstance(refused.exception, CheckpointError)
+    assert "pass --allow-pickle" in str(refused.exception)
+    done = CliRunner().invoke(app, [*line, "--allow-pickle"])
+    assert done.exit_code == 0, done.output
+
+
 # --- the camera ---
 
 

@@ -459,6 +459,7 @@ def infer(
     camera: Annotated[int | None, typer.Option(help="Read from this camera until Ctrl-C.", min=0)] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Read expressions in videos, images or from a camera. Makes tables, time lines, annotated copies."""
     if bool(inputs) == (camera is not None):
@@ -477,7 +478,10 @@ def infer(
     if config is None and opened is not None:
         config = opened.folder.config
     resolved = load_config(config, overrides)
-    _finish(infer_videos(inputs or [], out, resolved, encoder=encoder, run=opened, camera=camera))
+    report = infer_videos(
+        inputs or [], out, resolved, encoder=encoder, run=opened, camera=camera, allow_pickle=allow_pickle
+    )
+    _finish(report)
 
 
 @app.command()

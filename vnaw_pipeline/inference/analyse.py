@@ -138,7 +138,9 @@ class _Look(NamedTuple):
 
 
 @contextmanager
-def open_models(config: PipelineConfig, encoder: str | None, run: Run | None) -> Iterator[Models]:
+def open_models(
+    config: PipelineConfig, encoder: str | None, run: Run | None, allow_pickle: bool = False
+) -> Iterator[Models]:
     """Load detector and encoder, and check that they fit the run.
 
     The encoder is the one of that name or file, else the one in the config's section `encoder`, else DEFAULT_ENCODER.
@@ -156,7 +158,7 @@ def open_models(config: PipelineConfig, encoder: str | None, run: Run | None) ->
         wanted = encoder_of_weights(encoder or DEFAULT_ENCODER)
     detector = load_detector(config.crop, threads=1)
     try:
-        loaded = load_encoder(wanted, config.seed)
+        loaded = load_encoder(wanted, config.seed, allow_pickle)
     except (CheckpointError, ConfigError) as error:
         if run is None or encoder is not None:
             raise
