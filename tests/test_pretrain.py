@@ -332,6 +332,19 @@ def test_an_image_that_cannot_be_read_is_left_out_of_training_and_ends_a_scoring
     with pytest.raises(DataError, match=r"face07\.jpg"):
         evaluate_faces("drawn_swin", damaged)
 
+    def missing(index: int) -> np.ndarray:
+        if index % 2:
+            raise DataError(f"face{index:02d}.jpg: cannot be read")
+        return faces.image(index)
+
+    with pytest.raises(DataError) as caught:
+        evaluate_faces("drawn_swin", replace(faces, image=missing))
+    assert str(caught.value).splitlines() == [
+        "Faces that cannot be read:",
+        *(f"face{index:02d}.jpg: cannot be read" for index in range(3, 43, 2)),  # face01 has no majority
+        "... and 3 more",
+    ]
+
 
 @pytest.fixture
 def seven_file(faces_file: Path, tmp_path: Path) -> Path:

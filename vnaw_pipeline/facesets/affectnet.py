@@ -79,7 +79,7 @@ def read_affectnet_table(path: Path) -> FaceSet:
     Paths start at the table's folder, or at a folder `Manually_Annotated_Images` there or one level up.
 
     Raises:
-        DataError: every problem of the table, every image that is missing.
+        DataError: problems of the table, images that are missing, as `Problems` lists them.
     """
     problems, listings = Problems(), FolderListings()
     table, columns = _open_table(path, problems)
@@ -113,7 +113,7 @@ def read_affectnet_arrays(root: Path, split: Split) -> FaceSet:
     """`annotations/<id>_exp.npy` and `images/<id>.jpg`; without `train_set` and `val_set` all of it is taken.
 
     Raises:
-        DataError: every array that is not one code, every image that is missing.
+        DataError: arrays that are not one code, images that are missing, as `Problems` lists them.
     """
     folder = root if (root / "annotations").is_dir() else root / _SETS[split]
     problems, listings = Problems(), FolderListings()

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vnaw_pipeline.errors import CheckpointError, DataError
+from vnaw_pipeline.errors import CheckpointError, DataError, listing
 from vnaw_pipeline.facesets.faces import FaceSet
 from vnaw_pipeline.facesets.read import read_faces
 from vnaw_pipeline.features.backends import make_encode, one_core_per_forward, resolve_arithmetic
@@ -60,7 +60,7 @@ def evaluate_faces(encoder: str | Path, faces: Path | FaceSet, split: Split = "v
 
     Raises:
         CheckpointError: no such encoder, or one without a head for the eight expressions.
-        DataError: faces that cannot be read, or none with a majority.
+        DataError: faces that cannot be read (the first 20 are named), or none with a majority.
     """
     opened = read_faces(faces, split) if isinstance(faces, Path) else faces
     labels = opened.majority()
@@ -86,20 +86,31 @@ def load_classifier(weights: str | Path) -> Encoder:
 
 
 def classify(encoder: Encoder, faces: FaceSet, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """Probabilities (N, K) of the chosen faces (N,), by the encoder's head."""
+    """Probabilities (N, K) of the chosen faces (N,), by the encoder's head.
+
+    Raises:
+        DataError: faces that cannot be read.
+    """
     arithmetic = resolve_arithmetic("auto", "auto", process_state().device)
     side = encoder.preprocessing.input_px
     assert encoder.head is not None
     head = encoder.head
+    unreadable: list[str] = []
 
     with one_core_per_forward(arithmetic.device) as forwards, ThreadPoolExecutor(forwards) as pool:
         encode = make_encode(encoder, arithmetic, forwards, _BATCH_FACES)
 
         @torch.inference_mode()
         def run(part: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-            images = np.empty((len(part), side, side, 3), np.uint8)
+            images = np.zeros((len(part), side, side, 3), np.uint8)
             for position, index in enumerate(part.tolist()):
-                images[position] = encoder.preprocessing.of_face(faces.image(index))
+                try:
+                    images[position] = encoder.preprocessing.of_face(faces.image(index))
+                except (DataError, OSError) as error:
+                    unreadable.append(str(error))
             return np.asarray(head(torch.from_numpy(encode(images)).float()).softmax(dim=1).numpy())
 
-        return np.concatenate(list(pool.map(run, np.split(chosen, range(_BATCH_FACES, len(chosen), _BATCH_FACES)))))
+        parts = list(pool.map(run, np.split(chosen, range(_BATCH_FACES, len(chosen), _BATCH_FACES))))
+    if unreadable:
+        raise DataError("Faces that cannot be read:\n" + listing(sorted(unreadable)))
+    return np.concatenate(parts)

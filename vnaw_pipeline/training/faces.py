@@ -106,7 +106,7 @@ def pretrain_encoder(
     `observe` is called with the model after each epoch; its figures join the epoch's in `metrics.jsonl`.
 
     Raises:
-        DataError: a set, or validation images (all are named), that cannot be read; no face with a label.
+        DataError: a set, or validation images (the first 20 are named), that cannot be read; no face with a label.
         ConfigError, CheckpointError: as `build_encoder`; a teacher without a head; the folder holds another run.
     """
     started = time.monotonic()
