@@ -381,6 +381,21 @@ def test_the_command_says_how_many_classes_it_scores(seven_file: Path, tmp_path:
     assert json.loads((tmp_path / "scores.json").read_text())["num_classes"] == 7
 
 
+def test_scores_on_the_faces_that_an_encoder_has_learnt_from_say_so(
+    faces_file: Path, seven_file: Path, face_config: PipelineConfig, tmp_path: Path
+) -> None:
+    pretrain_encoder([faces_file], [seven_file], tmp_path / "run", changed(face_config, epochs=1))
+    best = str(tmp_path / "run" / "checkpoint" / "best.safetensors")
+    note = "The encoder has learnt from these faces"
+    for faces, learnt in ((faces_file, True), (seven_file, False)):
+        found = tmp_path / "scores.json"
+        done = CliRunner().invoke(app, ["evaluate", "--encoder", best, "--faces", str(faces), "--json", str(found)])
+        assert done.exit_code == 0, done.output
+        assert (note in done.output) == learnt
+        assert json.loads(found.read_text())["learnt_from_these"] == learnt
+    assert not evaluate_faces("drawn_swin", faces_file).learnt_from_these, "it records no faces"
+
+
 def test_erased_rectangles_have_their_size_and_lie_inside() -> None:
     torch.manual_seed(0)
     images = torch.ones(400, 3, 40, 40)

@@ -516,6 +516,8 @@ def _evaluate_encoder(encoder: str, faces: Path, split: Split, json_file: Path |
     found = evaluate_faces(encoder, faces, split)
     scored = f"faces with a majority; macro-F1 over the {found.scores.num_classes} classes that occur"
     typer.echo(format_scores(found.scores, TASKS["expr8"], scored))
+    if found.learnt_from_these:
+        typer.echo("The encoder has learnt from these faces: the scores say nothing of others.")
     typer.echo(f"{found.frames_per_second:.0f} faces/s")
     if json_file is not None:
         write_json(json_file, found.as_json())

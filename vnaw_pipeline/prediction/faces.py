@@ -14,7 +14,7 @@ from vnaw_pipeline.errors import CheckpointError, DataError, listing
 from vnaw_pipeline.facesets.faces import FaceSet
 from vnaw_pipeline.facesets.read import read_faces
 from vnaw_pipeline.features.backends import make_encode, one_core_per_forward, resolve_arithmetic
-from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_encoder
+from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_encoder, recorded_of
 from vnaw_pipeline.metrics import ExpressionScores, face_scores
 from vnaw_pipeline.processes import process_state
 from vnaw_pipeline.tasks import EXPRESSIONS, IGNORE_LABEL, Split
@@ -24,11 +24,13 @@ _BATCH_FACES = 64
 
 @dataclass(frozen=True)
 class FaceScores:
-    """Scores against the majority of the voters, macro-F1 over the classes that these chose for a face, and how many
-    faces were read, resized and encoded per second."""
+    """Scores against the majority of the voters, macro-F1 over the classes that these chose for a face; how many faces
+    were read, resized and encoded per second; and whether the weights record that they were learnt from just these
+    faces, so that the scores say nothing of others."""
 
     scores: ExpressionScores
     frames_per_second: float
+    learnt_from_these: bool
 
     def as_json(self) -> dict[str, Any]:
         """As a JSON object: shares in [0, 1]; per class its F1, recall and number of faces."""
@@ -47,6 +49,7 @@ class FaceScores:
             },
             "confusion": confusion.tolist(),
             "num_faces": self.scores.num_frames,
+            "learnt_from_these": self.learnt_from_these,
             "frames_per_second": round(self.frames_per_second, 1),
         }
 
@@ -70,7 +73,9 @@ def evaluate_faces(encoder: str | Path, faces: Path | FaceSet, split: Split = "v
     started = time.monotonic()
     predicted = classify(load_classifier(encoder), opened, chosen).argmax(axis=1)
     seconds = time.monotonic() - started
-    return FaceScores(face_scores(labels[chosen], predicted, len(EXPRESSIONS)), len(chosen) / seconds)
+    learnt_from = recorded_of(encoder_of_weights(encoder)).get("labels", {}).get("train")
+    scores = face_scores(labels[chosen], predicted, len(EXPRESSIONS))
+    return FaceScores(scores, len(chosen) / seconds, learnt_from == opened.digest())
 
 
 def load_classifier(weights: str | Path) -> Encoder:
