@@ -45,14 +45,18 @@ def write_clip(
     rotation: int = 0,
     hflip: bool = False,
     sound_s: float = 0.0,
+    pixel_ratio: Fraction | None = None,
 ) -> Path:
-    """Encode frames at 25 per second, or at the given times; the index of an MP4 comes first, so it can be cut off."""
+    """Encode frames at 25 per second, or at the given times; the index of an MP4 comes first, so it can be cut off.
+    `pixel_ratio` is written as the width of a pixel by its height; None: nothing is."""
     options = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
     height, width = frames[0].shape[:2]
     with av.open(f"file:{path}", "w", options=options) as container:
         video = container.add_stream("libx264", rate=25, options={"crf": "12", "preset": "ultrafast"})
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         video.codec_context.time_base = Fraction(1, 1000)
+        if pixel_ratio is not None:
+            video.codec_context.sample_aspect_ratio = pixel_ratio
         if rotation or hflip:
             video.set_display_rotation(rotation, hflip=hflip)
         sound = container.add_stream("aac", rate=8000, layout="mono") if sound_s else None

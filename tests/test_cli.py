@@ -76,7 +76,7 @@ FROZEN_OPTIONS = {
     "ablate": {"--manifest", "--annotations", "--store", "--out", "--seed", "--config", "--set"},
     "cascade": {"--manifest", "--annotations", "--store", "--out", "--config", "--set"},
     "submit": {"--run-dir", "--template", "--out", "--split", "--predictions"},
-    "infer": {"--out", "--encoder", "--run-dir", "--camera", "--config", "--set"},
+    "infer": {"--out", "--encoder", "--run-dir", "--camera", "--config", "--set", "--allow-pickle"},
     "bench": {"--work-dir", "--quick", "--videos", "--json"},
 }
 """A new option belongs in the config unless it says where; then add it here."""

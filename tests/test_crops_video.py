@@ -1,6 +1,7 @@
 """Decoding: every frame, upright, with its time; and an honest account of what is lost."""
 
 import gc
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
@@ -34,9 +35,15 @@ def test_real_clip_gives_every_frame_with_its_index_and_time() -> None:
         assert video.fps == pytest.approx(CARPHONE_FPS)
     assert [frame.frame_index for frame in frames] == list(range(CARPHONE_FRAMES))
     np.testing.assert_allclose([frame.time_s for frame in frames], np.arange(CARPHONE_FRAMES) / CARPHONE_FPS)
-    for frame, rgb in zip(frames, carphone_frames(5), strict=False):
+    # PyAV alone, stretched to what 176 pixels of 128:117 are.
+    for frame, rgb in zip(frames, decoded_alone(carphone_path(), width=193, height=144), strict=True):
         assert frame.rgb.dtype == np.uint8
         np.testing.assert_array_equal(frame.rgb, rgb)
+
+
+def decoded_alone(path: Path, **size: int) -> list[Rgb]:
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24", **size) for frame in container.decode(video=0)]
 
 
 def test_frames_come_one_at_a_time() -> None:
@@ -127,6 +134,51 @@ def test_every_pixel_lands_where_the_matrix_says(
     points -= points.min(axis=0)
     for (x, y), (shown_x, shown_y) in zip(stored, points, strict=True):
         np.testing.assert_array_equal(shown[shown_y, shown_x], rgb[y, x])
+
+
+# --- pixels that are not square ---
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize(
+    ("pixel_ratio", "degrees", "shown"),
+    [
+        (Fraction(4, 3), 0, (64, 128)),
+        (Fraction(3, 4), 0, (85, 96)),
+        (Fraction(4, 3), 90, (128, 64)),
+        (Fraction(1), 0, (64, 96)),
+        (Fraction(0), 0, (64, 96)),
+    ],
+    ids=["wide", "high", "turned", "square", "unknown"],
+)
+def test_pixels_become_square(
+    tmp_path: Path, pixel_ratio: Fraction, degrees: int, shown: tuple[int, int], suffix: str
+) -> None:
+    path = write_clip(tmp_path / f"clip{suffix}", [_quadrants()] * 3, rotation=degrees, pixel_ratio=pixel_ratio)
+    expected = np.rot90(_quadrants(), degrees // 90)
+    rows, columns = (np.arange(shown[axis]) * expected.shape[axis] // shown[axis] for axis in (0, 1))
+    with open_video(path) as video:
+        for frame in video:
+            assert frame.rgb.shape == (*shown, 3)
+            # Coding noise, and up to two pixels of a ramp where two colours meet.
+            assert np.abs(frame.rgb.astype(int) - expected[np.ix_(rows, columns)]).mean() < 4
+
+
+def test_square_pixels_stay_as_they_are_stored(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "man.mp4", carphone_frames(5))
+    with open_video(path) as video:
+        for frame, rgb in zip(video, decoded_alone(path), strict=True):
+            np.testing.assert_array_equal(frame.rgb, rgb)
+
+
+def test_an_impossible_shape_of_pixels_is_named(tmp_path: Path) -> None:
+    for pixel_ratio in (Fraction(7), Fraction(1, 50)):
+        path = write_clip(tmp_path / "mistake.mp4", [_quadrants()] * 3, pixel_ratio=pixel_ratio)
+        with (
+            open_video(path) as video,
+            pytest.raises(DataError, match=f"are said to be {float(pixel_ratio):g} times as wide as high; expected"),
+        ):
+            list(video)
 
 
 # --- broken files ---

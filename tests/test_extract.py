@@ -16,9 +16,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import DropPath
 
 from vnaw_pipeline.checkpoints import load_tensors, read_header, save_tensors
-from vnaw_pipeline.config import EncoderConfig, PipelineConfig, dump_config
+from vnaw_pipeline.config import EncoderConfig, PipelineConfig, dump_config, load_config
 from vnaw_pipeline.crops.source import decode_crop
 from vnaw_pipeline.errors import CheckpointError, ConfigError, StoreError
 from vnaw_pipeline.features.encode import Chunk
@@ -261,6 +262,19 @@ def test_weights_files_are_checked(tiny_config: PipelineConfig, tmp_path: Path) 
         load(tmp_path / "ours.safetensors", model_args={**config.model_args, "embed_dim": 16})
     with pytest.raises(CheckpointError, match=r"does not fit .*(?s:.)*the model has"):
         load(tmp_path / "bare.safetensors", model_args={**config.model_args, "embed_dim": 16})
+
+
+@pytest.mark.parametrize("name", ["fer_lite0", "fer_swin"])
+def test_encoders_that_ship_go_on_with_the_dropouts_of_their_configs(name: str) -> None:
+    """The files do not record them, as they act in training only; a store of one is a store of the other."""
+    configs = Path(__file__).parent.parent / "configs"
+    config = load_config(configs / f"{name}.yaml", [f"encoder.weights={name}.safetensors"]).encoder
+    assert config.model_args["drop_path_rate"] == 0.1
+    model, _, left_out = build_encoder(config, 8)
+    assert not left_out, "the head fits too"
+    assert any(isinstance(part, DropPath) and part.drop_prob for part in model.modules())
+    plain = load_encoder(encoder_of_weights(name))
+    assert load_encoder(config).fingerprint() == plain.fingerprint()
 
 
 def test_weights_bring_their_preprocessing_and_refuse_another(tiny_config: PipelineConfig, tmp_path: Path) -> None:

@@ -151,7 +151,12 @@ def test_targets_of_the_three_sources() -> None:
     np.testing.assert_array_equal(of_votes[6], [0, 0, 0, 0, 0, 0, 0, 1])
 
 
-tables_of_votes = arrays(np.uint8, st.tuples(st.integers(1, 20), st.just(10)), elements=st.integers(0, 10))
+tables_of_votes = arrays(
+    np.uint8,
+    st.tuples(st.integers(1, 20), st.just(10)),
+    elements=st.integers(0, 10),
+    fill=st.nothing(),  # else most cells are alike, and hardly a face has a majority
+)
 
 
 @given(tables_of_votes)
@@ -161,10 +166,10 @@ def test_votes_arrive_as_a_permutation_of_the_columns(votes: Pixels) -> None:
         np.testing.assert_array_equal(ordered[:, code], votes[:, column])
 
 
-@given(tables_of_votes)
-def test_targets_are_distributions_or_nothing(votes: Pixels) -> None:
-    """float32 shares of up to eight terms: sums are 1 within a few of its steps of 6e-8."""
-    faces = set_of(ferplus_votes(votes).tolist())
+@given(tables_of_votes, st.sampled_from([1, 0.1, 1 / 300]))
+def test_targets_are_distributions_or_nothing(votes: Pixels, of_one_voter: float) -> None:
+    """Also of shares of voters. float32 shares of up to eight terms: sums are 1 within a few of its steps of 6e-8."""
+    faces = set_of(ferplus_votes(votes * of_one_voter).tolist())
     used = faces.majority() >= 0
     for source in ("votes", "majority"):
         sums = faces.targets(source).sum(axis=1)
@@ -545,8 +550,13 @@ def test_rafdb_of_one_part_only(tmp_path: Path) -> None:
 # --- AffectNet ---
 
 
-def official(name: str, code: int | str) -> str:
-    return f"{name},1,2,30,40,1.5;2.5,{code},-0.5,0.5"
+def official(name: str, code: int | str, box: str = "1,2,30,40") -> str:
+    return f"{name},{box},1.5;2.5,{code},-0.5,0.5"
+
+
+def in_box(image: Pixels) -> Pixels:
+    """The part that `official` has the box of; it reaches beyond the picture's 24 rows."""
+    return image[2:24, 1:31]
 
 
 def test_affectnet_table_of_every_code(tmp_path: Path) -> None:
@@ -558,7 +568,7 @@ def test_affectnet_table_of_every_code(tmp_path: Path) -> None:
     assert faces.names == [f"{code}/{code}.jpg" for code in range(7, -1, -1)]
     assert faces.single.tolist() == AFFECTNET[::-1]
     np.testing.assert_array_equal(faces.votes, one_hot(AFFECTNET[::-1]))
-    np.testing.assert_allclose(faces.image(0).astype(int), colour(7), atol=12)  # quality 95
+    np.testing.assert_allclose(faces.image(0).astype(int), in_box(colour(7)), atol=12)  # quality 95
 
 
 @pytest.mark.parametrize("header", ["path,expression", "image,label", ",image,valence,expression", "expression,path"])
@@ -585,7 +595,44 @@ def test_affectnet_folder_with_the_two_official_tables(tmp_path: Path, part: str
     for split in ("validation", "test"):
         faces = read_faces(tmp_path, split)
         assert (faces.names, faces.single.tolist()) == (["2/b.jpg"], [OTHER])
-        np.testing.assert_allclose(faces.image(0).astype(int), colour(9), atol=12)
+        np.testing.assert_allclose(faces.image(0).astype(int), in_box(colour(9)), atol=12)
+
+
+@pytest.mark.parametrize(
+    ("box", "wanted"),
+    [
+        ("3,4,10,8", np.s_[4:12, 3:13]),
+        ("-2,-3.4,15.0,20", np.s_[0:17, 0:13]),
+        ("30,20,15,4.8", np.s_[20:24, 30:40]),
+        ("0,0,40,24", np.s_[:, :]),
+        ("3,4,,", np.s_[:, :]),
+        (",,,", np.s_[:, :]),
+        ("3,4,0,8", np.s_[:, :]),
+        ("-1,-1,-1,-1", np.s_[:, :]),
+    ],
+)
+def test_affectnet_face_is_cut_out_by_its_box(tmp_path: Path, box: str, wanted: tuple[slice, slice]) -> None:
+    write_png(tmp_path / "a.png", colour(3))
+    path = write_lines(tmp_path / "mine.csv", OFFICIAL_HEADER, official("a.png", 2, box))
+    np.testing.assert_array_equal(read_faces(path, "train").image(0), colour(3)[wanted])
+
+
+def test_bad_boxes_of_affectnet_are_listed_with_their_line(tmp_path: Path) -> None:
+    for name in "abc":
+        write_png(tmp_path / f"{name}.png", colour(3))
+    rows = [official("a.png", 2, "x,4,10,inf"), official("b.png", 2, "3,4,NULL,8"), official("c.png", 9, "x,x,x,x")]
+    expected = "expected a number of pixels, or nothing"
+    assert problems_of(write_lines(tmp_path / "mine.csv", OFFICIAL_HEADER, *rows)) == [
+        f"mine.csv:2: face_x is 'x'; {expected}",
+        f"mine.csv:2: face_height is 'inf'; {expected}",
+        f"mine.csv:3: face_width is 'NULL'; {expected}",
+    ]
+    for box in ("40,4,10,8", "13,13,89,89", "3,4,0.2,8"):
+        path = write_lines(tmp_path / "mine.csv", OFFICIAL_HEADER, official("a.png", 2, box))
+        with pytest.raises(
+            DataError, match=r"a\.png: the table's box .* lies mostly outside of the picture of 40 x 24"
+        ):
+            read_faces(path, "train").image(0)
 
 
 def test_bad_rows_of_affectnet_are_listed_with_their_line(tmp_path: Path) -> None:

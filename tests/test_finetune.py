@@ -1,5 +1,6 @@
 """Fine-tuning on labelled frames: what it hears, what it leaves alone, and what it hands to extraction."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.folds import fold_split, recordings_in
 from vnaw_pipeline.layouts import find_annotations
 from vnaw_pipeline.manifests import build_manifest
-from vnaw_pipeline.metrics import expression_scores
+from vnaw_pipeline.metrics import affect_scores, expression_scores, unit_scores
 from vnaw_pipeline.runs import RunFolder, open_run
 from vnaw_pipeline.tasks import TASKS
 from vnaw_pipeline.training import frames
@@ -145,6 +146,44 @@ def test_heads_beside_the_expression_are_learnt_and_left_out_of_the_encoder(
     assert torch.equal(encoder.head.weight, tensors["head.fc.weight"][:8])
     averaged, _ = load_tensors(tmp_path / "ft" / "checkpoint" / "last.safetensors")
     assert not torch.equal(averaged["average.head.fc.bias"], averaged["model.head.fc.bias"])
+
+
+def test_heads_beside_the_expression_are_scored(drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path) -> None:
+    """By the metrics themselves on the outputs of the model that was kept; float32 twice, in other batches."""
+    config = changed(tiny_config, "finetune", valence_arousal_weight=1.0, action_units_weight=1.0, epochs=1)
+    finetune_encoder(drawn.manifest, drawn.annotations, drawn.crops, tmp_path / "ft", config)
+    (row,) = [json.loads(line) for line in (tmp_path / "ft" / "metrics.jsonl").read_text().splitlines()]
+    encoder = encoder_of_weights(RunFolder(tmp_path / "ft").best)
+    model, preprocessing, _ = build_encoder(encoder, 8 + 2 + 12)
+    rows = drawn.manifest[drawn.manifest.split == "validation"]
+    frames = LabelledFrames(rows, drawn.annotations, drawn.crops, TASKS["expr8"], preprocessing, ["va", "au"])
+    chosen = torch.linspace(0, len(frames) - 1, config.finetune.validation_frames).round().long()
+    with torch.inference_mode():
+        outputs = model.eval()(preprocessing.normalise(frames.read(chosen).of_expression.images))
+    of_affect = affect_scores(frames.affect[chosen].numpy(), outputs[:, 8:10].tanh().numpy())
+    of_units = unit_scores(frames.units[chosen].numpy(), (outputs[:, 10:] >= 0).numpy())
+    assert row["mean_ccc"] == pytest.approx(of_affect.mean_ccc, abs=1e-5)
+    assert row["mean_au_f1"] == pytest.approx(of_units.mean_au_f1, abs=1e-5)
+    assert abs(row["mean_ccc"]) > 1e-4
+    assert row["mean_au_f1"] > 0
+
+
+def test_a_head_without_labels_is_not_trained_and_not_scored(
+    drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    config = changed(tiny_config, "finetune", valence_arousal_weight=1.0, epochs=1)
+    annotations = tmp_path / "annotations"
+    shutil.copytree(drawn.annotations, annotations)
+    (folder,) = (annotations / name for name in TASKS["va"].annotation_dirs)
+    shutil.rmtree(folder / "Validation_Set")
+    finetune_encoder(drawn.manifest, annotations, drawn.crops, tmp_path / "ft", config)
+    assert "mean_ccc" not in (tmp_path / "ft" / "metrics.jsonl").read_text()
+    for file in (folder / "Train_Set").iterdir():
+        header, *rows = file.read_text().splitlines()
+        file.write_text("\n".join([header, *["-5,-5"] * len(rows)]) + "\n")
+    with pytest.raises(DataError, match="No frame of the split 'train' has a label for task 'va'"):
+        finetune_encoder(drawn.manifest, annotations, drawn.crops, tmp_path / "none", config)
+    assert not (tmp_path / "none").exists(), "said before anything is trained"
 
 
 def test_a_trained_head_is_kept_when_others_come_beside_it(

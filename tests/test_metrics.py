@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
-from vnaw_pipeline.metrics import affect_scores, expression_scores, score_predictions, unit_scores
+from vnaw_pipeline.metrics import affect_scores, expression_scores, face_scores, score_predictions, unit_scores
 from vnaw_pipeline.prediction.smooth import fill_gaps, smooth_mean
 from vnaw_pipeline.tasks import TASKS
 
@@ -29,6 +29,24 @@ def test_scores_equal_scikit_learn(labels: np.ndarray, predicted: np.ndarray) ->
     assert scores.macro_f1 == pytest.approx(f1.mean(), rel=1e-12)
     assert scores.accuracy == pytest.approx(accuracy_score(labels[used], predicted[used]), rel=1e-12)
     assert (scores.confusion == confusion_matrix(labels[used], predicted[used], labels=classes)).all()
+
+
+@given(
+    labels=arrays.arrays(np.int64, 30, elements=st.sampled_from([-1, 0, 2, 5])),
+    predicted=arrays.arrays(np.int64, 30, elements=st.integers(0, 5)),
+)
+def test_scores_of_faces_leave_out_classes_that_do_not_occur(labels: np.ndarray, predicted: np.ndarray) -> None:
+    """The mean over the labelled classes of scikit-learn's F1; nothing else differs from `expression_scores`."""
+    used = labels != -1
+    scores, challenge = face_scores(labels, predicted, 6), expression_scores(labels, predicted, 6)
+    occurring = np.unique(labels[used])
+    assert scores.num_classes == len(occurring)
+    assert (scores.accuracy, scores.num_frames) == (challenge.accuracy, challenge.num_frames)
+    np.testing.assert_array_equal(scores.f1, challenge.f1)
+    wanted = (
+        f1_score(labels[used], predicted[used], labels=occurring, average="macro", zero_division=0) if used.any() else 0
+    )
+    assert scores.macro_f1 == pytest.approx(wanted, rel=1e-12)
 
 
 @given(st.integers(2, 60), st.integers(0, 1_000), st.floats(-1, 1))

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from vnaw_pipeline.checkpoints import load_tensors
+from vnaw_pipeline.checkpoints import load_tensors, save_tensors
+from vnaw_pipeline.cli import app
 from vnaw_pipeline.config import EncoderConfig, PipelineConfig, dump_config
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
 from vnaw_pipeline.facesets.read import read_faces
@@ -216,8 +218,6 @@ def test_a_student_is_drawn_to_its_teacher(faces_file: Path, face_config: Pipeli
     assert max(accuracies) > 0.6, "the single labels of this set are shuffled; only the teacher knows"
     bare = tmp_path / "bare.safetensors"
     tensors, header = load_tensors(weights)
-    from vnaw_pipeline.checkpoints import save_tensors
-
     save_tensors(bare, {key: value for key, value in tensors.items() if not key.startswith("head.fc")}, header)
     with pytest.raises(ConfigError, match="no head for the eight expressions"):
         pretrain_encoder(faces, faces, tmp_path / "x", changed(face_config, teacher=bare))
@@ -261,6 +261,18 @@ def test_a_rerun_of_a_finished_training_leaves_what_was_recorded(
         assert pretrain_encoder(faces, faces, tmp_path / "run", changed(face_config, epochs=1)).done == done
         times.append([path.stat().st_mtime_ns for path in kept])
     assert times[0] == times[1]
+
+
+def test_a_run_goes_on_that_did_not_record_which_recordings_it_knows(
+    faces_file: Path, face_config: PipelineConfig, tmp_path: Path
+) -> None:
+    """As earlier ones did not; most know none."""
+    faces, last = read_faces(faces_file, "train"), tmp_path / "run" / "checkpoint" / "last.safetensors"
+    config = changed(face_config, epochs=1)
+    pretrain_encoder(faces, faces, tmp_path / "run", config)
+    tensors, header = load_tensors(last)
+    save_tensors(last, tensors, {key: value for key, value in header.items() if key != "learnt_from"})
+    assert pretrain_encoder(faces, faces, tmp_path / "run", config).skipped == 1
 
 
 def test_a_transition_of_another_size_is_refused(faces_file: Path, face_config: PipelineConfig, tmp_path: Path) -> None:
@@ -319,6 +331,69 @@ def test_an_image_that_cannot_be_read_is_left_out_of_training_and_ends_a_scoring
     assert not (tmp_path / "b").exists(), "said before anything is trained"
     with pytest.raises(DataError, match=r"face07\.jpg"):
         evaluate_faces("drawn_swin", damaged)
+
+    def missing(index: int) -> np.ndarray:
+        if index % 2:
+            raise DataError(f"face{index:02d}.jpg: cannot be read")
+        return faces.image(index)
+
+    with pytest.raises(DataError) as caught:
+        evaluate_faces("drawn_swin", replace(faces, image=missing))
+    assert str(caught.value).splitlines() == [
+        "Faces that cannot be read:",
+        *(f"face{index:02d}.jpg: cannot be read" for index in range(3, 43, 2)),  # face01 has no majority
+        "... and 3 more",
+    ]
+
+
+@pytest.fixture
+def seven_file(faces_file: Path, tmp_path: Path) -> Path:
+    """Those of the faces that none calls Other, as in RAF-DB, FER2013 and AffectNet-7: seven classes occur."""
+    arrays = dict(np.load(faces_file))
+    kept = np.flatnonzero(read_faces(faces_file, "train").majority() != EXPRESSIONS.index("Other"))
+    np.savez(tmp_path / "seven.npz", **{key: array[kept] for key, array in arrays.items()})
+    return tmp_path / "seven.npz"
+
+
+def test_a_class_that_no_face_has_costs_nothing(
+    seven_file: Path, face_config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faces = read_faces(seven_file, "validation")
+    monkeypatch.setattr(
+        "vnaw_pipeline.prediction.faces.classify", lambda _, of, chosen: np.eye(8)[of.majority()[chosen]]
+    )
+    found = evaluate_faces("drawn_swin", faces)
+    assert found.scores.macro_f1 == 1
+    assert found.as_json()["num_classes"] == 7
+
+    preprocessing = Preprocessing(input_px=32, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bicubic")
+    scored = LabelledFaces(faces, faces.targets("majority"), preprocessing)
+    order = iter(torch.eye(8)[scored.targets.argmax(dim=1)].split(face_config.pretrain.batch_faces))
+    figures = training._evaluate(scored, preprocessing, face_config.pretrain, None, lambda images: next(order))
+    assert figures == {"macro_f1": 1.0, "accuracy": 1.0}
+
+
+def test_the_command_says_how_many_classes_it_scores(seven_file: Path, tmp_path: Path) -> None:
+    arguments = ["--encoder", "drawn_swin", "--faces", str(seven_file), "--json", str(tmp_path / "scores.json")]
+    done = CliRunner().invoke(app, ["evaluate", *arguments])
+    assert done.exit_code == 0, done.output
+    assert "faces with a majority; macro-F1 over the 7 classes that occur)" in done.output
+    assert json.loads((tmp_path / "scores.json").read_text())["num_classes"] == 7
+
+
+def test_scores_on_the_faces_that_an_encoder_has_learnt_from_say_so(
+    faces_file: Path, seven_file: Path, face_config: PipelineConfig, tmp_path: Path
+) -> None:
+    pretrain_encoder([faces_file], [seven_file], tmp_path / "run", changed(face_config, epochs=1))
+    best = str(tmp_path / "run" / "checkpoint" / "best.safetensors")
+    note = "The encoder has learnt from these faces"
+    for faces, learnt in ((faces_file, True), (seven_file, False)):
+        found = tmp_path / "scores.json"
+        done = CliRunner().invoke(app, ["evaluate", "--encoder", best, "--faces", str(faces), "--json", str(found)])
+        assert done.exit_code == 0, done.output
+        assert (note in done.output) == learnt
+        assert json.loads(found.read_text())["learnt_from_these"] == learnt
+    assert not evaluate_faces("drawn_swin", faces_file).learnt_from_these, "it records no faces"
 
 
 def test_erased_rectangles_have_their_size_and_lie_inside() -> None:

@@ -459,6 +459,7 @@ def infer(
     camera: Annotated[int | None, typer.Option(help="Read from this camera until Ctrl-C.", min=0)] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Read expressions in videos, images or from a camera. Makes tables, time lines, annotated copies."""
     if bool(inputs) == (camera is not None):
@@ -477,7 +478,10 @@ def infer(
     if config is None and opened is not None:
         config = opened.folder.config
     resolved = load_config(config, overrides)
-    _finish(infer_videos(inputs or [], out, resolved, encoder=encoder, run=opened, camera=camera))
+    report = infer_videos(
+        inputs or [], out, resolved, encoder=encoder, run=opened, camera=camera, allow_pickle=allow_pickle
+    )
+    _finish(report)
 
 
 @app.command()
@@ -512,7 +516,10 @@ def _evaluate_encoder(encoder: str, faces: Path, split: Split, json_file: Path |
     from vnaw_pipeline.provenance import write_json
 
     found = evaluate_faces(encoder, faces, split)
-    typer.echo(format_scores(found.scores, TASKS["expr8"], "faces with a majority"))
+    scored = f"faces with a majority; macro-F1 over the {found.scores.num_classes} classes that occur"
+    typer.echo(format_scores(found.scores, TASKS["expr8"], scored))
+    if found.learnt_from_these:
+        typer.echo("The encoder has learnt from these faces: the scores say nothing of others.")
     typer.echo(f"{found.frames_per_second:.0f} faces/s")
     if json_file is not None:
         write_json(json_file, found.as_json())

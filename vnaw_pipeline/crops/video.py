@@ -1,13 +1,14 @@
 """Frames of a video file, one at a time, upright, with what was lost on the way.
 
 frame_index counts decoded frames in display order, so a variable frame rate leaves no gaps; the time of each
-frame comes from its own timestamp. Memory does not grow with the length of the video. Pixels are as stored:
-non-square ones are not stretched.
+frame comes from its own timestamp. Memory does not grow with the length of the video. Pixels are square: pictures
+that are stored with others, as DV and HDV have them, are stretched to the shape in which a player shows them.
 """
 
 import math
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, cast
@@ -27,6 +28,10 @@ Rgb = npt.NDArray[np.uint8]
 _SILENT_LOSS_S = 1.0
 """Where a container stores no frame count: seconds missing at the end that count as a loss. Sound that runs on a
 little after the last frame is normal."""
+
+_MOST_STRETCH = 5
+"""Pixels that are more times as wide as high, or as high as wide, are a mistake (broadcasts have up to 3), and frames
+stretched by it might not fit into memory."""
 
 _CAMERA_FORMAT = "v4l2"
 
@@ -63,6 +68,7 @@ class VideoReader:
         self._stored_frames = self._stream.frames
         self.expected_frames = _expected_frames(self._stored_frames, self._duration_s, self.fps)
         self.start_s = (self._container.start_time or 0) / av.time_base
+        self._pixel_ratio = self._stream.sample_aspect_ratio or Fraction(1)  # None or 0: the file does not say
         self.decoded_frames = 0
         self._end_s = math.nan
         self._num_errors = 0
@@ -80,8 +86,14 @@ class VideoReader:
         """Yield every frame that decodes; undecodable parts are skipped and counted.
 
         Raises:
-            DataError: not one frame could be decoded.
+            DataError: not one frame could be decoded, or its pixels have an impossible shape.
         """
+        if not Fraction(1, _MOST_STRETCH) <= self._pixel_ratio <= _MOST_STRETCH:
+            raise DataError(
+                f"{self.path}: its pixels are said to be {float(self._pixel_ratio):.4g} times as wide as high; "
+                f"expected 1/{_MOST_STRETCH} to {_MOST_STRETCH}. Write it anew with its true shape, by "
+                "`ffmpeg -i OLD -c copy -aspect 16:9 NEW` say."
+            )
         matrix = None
         for decoded in self._decode():
             if not self.decoded_frames:
@@ -91,7 +103,9 @@ class VideoReader:
             time_s = math.nan if decoded.time is None else float(decoded.time)
             self._end_s = time_s
             try:
-                stored = cast(Rgb, decoded.to_ndarray(format="rgb24"))
+                # FFmpeg stretches while it converts colours; for square pixels this is the frame's own size.
+                width, height = square_size(decoded.width, decoded.height, self._pixel_ratio)
+                stored = cast(Rgb, decoded.to_ndarray(format="rgb24", width=width, height=height))
             except av.error.FFmpegError as error:
                 self._note(error)
                 continue
@@ -203,11 +217,18 @@ def open_camera(number: int) -> VideoReader:
     return VideoReader(device, container)
 
 
+def square_size(width: int, height: int, pixel_ratio: Fraction) -> tuple[int, int]:
+    """Width and height of a stored frame once its pixels, `pixel_ratio` times as wide as high, are made square. One
+    side grows and none shrinks, so that no detail is lost."""
+    square = Fraction(1)
+    return round(width * max(pixel_ratio, square)), round(height / min(pixel_ratio, square))
+
+
 def upright(rgb: Rgb, display_matrix: npt.NDArray[np.int32] | None) -> Rgb:
     """Turn and mirror a stored frame as its display matrix says, in steps of 90 degrees.
 
     Args:
-        rgb: (H, W, 3), as stored.
+        rgb: (H, W, 3), as stored, of square pixels.
         display_matrix: (3, 3); a stored point (x, y) is shown at (a x + c y, b x + d y) with rows (a, b, ..) and
             (c, d, ..). None: as stored.
 

@@ -52,7 +52,8 @@ class FaceSet:
         used = labels != IGNORE_LABEL
         if source == "votes":
             expressions = self.votes[:, : len(EXPRESSIONS)]
-            chosen = expressions / expressions.sum(axis=1, keepdims=True).clip(min=1)
+            totals = expressions.sum(axis=1, keepdims=True)  # below 1 for shares of voters, of whom some saw none
+            chosen = expressions / np.where(totals > 0, totals, 1)
         else:
             chosen = np.eye(len(EXPRESSIONS))[labels]
         return np.asarray(chosen * used[:, None], dtype=np.float32)

@@ -64,7 +64,7 @@ def read_ferplus(root: Path, split: Split) -> FaceSet:
     dropped has pixels but no PNG.
 
     Raises:
-        DataError: every problem of the tables, every image of the split that is missing.
+        DataError: problems of the tables, images of the split that are missing, as `Problems` lists them.
     """
     problems, listings = Problems(), FolderListings()
     votes_path, labels_path = root / VOTES_NAME, root / LABELS_NAME

@@ -29,7 +29,7 @@ def read_rafdb(root: Path, split: Split) -> FaceSet:
     """RAF-DB has two parts: `train`, and `test`, which is both the validation and the test split here.
 
     Raises:
-        DataError: every problem of the list, every image of the split that is missing.
+        DataError: problems of the list, images of the split that are missing, as `Problems` lists them.
     """
     path = find_rafdb(root) or root / _LIST_NAME
     part = "train" if split == "train" else "test"

@@ -59,7 +59,7 @@ def read_faces(path: Path, split: Split) -> FaceSet:
     Images are read when they are asked for; that all of the split's are there is checked now.
 
     Raises:
-        DataError: nothing that is known, or every problem of the set at once.
+        DataError: nothing that is known, or the problems of the set (the first 20, and how many more there are).
     """
     if path.is_dir():
         found = [layout for layout in _LAYOUTS if layout.is_at(path)]

@@ -11,7 +11,8 @@ from vnaw_pipeline.textlines import LineProblem, located, read_lines, shortened
 
 
 class Problems:
-    """What is wrong in the files of one set: collected, then raised as one error, by file and line."""
+    """What is wrong in the files of one set: collected, then raised as one error, by file and line. It shows the first
+    20, and how many more there are."""
 
     def __init__(self) -> None:
         self._found: dict[Path, list[LineProblem]] = {}
@@ -33,7 +34,7 @@ class Problems:
     def raise_any(self) -> None:
         """
         Raises:
-            DataError: there are problems.
+            DataError: there are problems; names the first 20.
         """
         if self._found:
             ordered = [

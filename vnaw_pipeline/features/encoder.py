@@ -5,6 +5,7 @@ Shapes: `B` frames of a batch, `S` input side in pixels, `D` embedding width.
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import cv2
 import numpy as np
 import timm
 import torch
+from pydantic import ValidationError
 from timm.data.config import resolve_model_data_config
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay  # type: ignore[attr-defined]
@@ -28,6 +30,8 @@ from vnaw_pipeline.provenance import differences, digest_bytes
 
 _LOG = logging.getLogger(__name__)
 WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
+_TRAINING_ARGS = ("drop_rate", "drop_path_rate")
+"""Of a model's arguments, those that act in training only: neither weights nor embeddings depend on them."""
 _LUMA = (0.299, 0.587, 0.114)
 _CV2_INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 
@@ -131,12 +135,17 @@ class Encoder:
         """What decides an embedding, for the feature store's attributes."""
         return {
             "encoder": self.name,
-            "model_args": self.model_args,
+            "model_args": lasting_args(self.model_args),
             "weights": self.weights_digest,
             "pool": self.pool,
             **({"learnt_from": list(self.learnt_from)} if self.learnt_from else {}),
             **self.preprocessing.recorded(),
         }
+
+
+def lasting_args(model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's arguments without those that act in training only."""
+    return {key: value for key, value in model_args.items() if key not in _TRAINING_ARGS}
 
 
 def create_model(config: EncoderConfig, num_classes: int, seed: int = 0) -> nn.Module:
@@ -193,16 +202,20 @@ def build_encoder(
         ConfigError: unknown model or arguments; weights that cannot be downloaded.
         CheckpointError: a weights file that is missing, damaged, a pickle not asked for, or of another model.
     """
+    path = find_weights(config.weights) if isinstance(config.weights, Path) else None
+    # Before what they record of themselves is used: this checks their digest.
+    state, header = load_tensors(path, allow_pickle) if path is not None else ({}, {})
     model = create_model(config, num_classes, seed).to(memory_format=torch.channels_last)  # as `normalise` gives images
-    if not isinstance(config.weights, Path):
-        return model, _preprocessing(model, config, {}), {}
-    path = find_weights(config.weights)
-    state, header = load_tensors(path, allow_pickle)
     preprocessing = _preprocessing(model, config, header)
+    if path is None:
+        return model, preprocessing, {}
     # Size, detail and region may be chosen anew; other channel statistics would go unnoticed and spoil everything.
     statistics = {key: preprocessing.recorded()[key] for key in ("mean", "std", "grey")}
     wanted = {"encoder": config.name, "model_args": config.model_args, **statistics}
-    if unlike := differences({key: header.get(key, value) for key, value in wanted.items()}, wanted):
+    found = {key: header.get(key, value) for key, value in wanted.items()}
+    for each in (found, wanted):
+        each["model_args"] = lasting_args(each["model_args"])
+    if unlike := differences(found, wanted):
         raise CheckpointError(f"{path} holds another encoder than the config names: {'; '.join(unlike)}.")
     classifier = _classifier_of(model)
     current = model.state_dict()
@@ -264,8 +277,10 @@ def encoder_of_weights(weights: str | Path) -> EncoderConfig:
     """The config of an encoder whose weights file records what it is: one that ships, by its name (its ending may be
     left out), or a file of ours.
 
+    The file's digest is checked where its weights are loaded; here only if what it records is of no use.
+
     Raises:
-        CheckpointError: no such file, or one that does not record its model.
+        CheckpointError: no such file, or one that is damaged or does not record its model.
     """
     path = Path(weights)
     if not path.suffix and (WEIGHTS_DIR / f"{path}.safetensors").is_file():
@@ -276,11 +291,14 @@ def encoder_of_weights(weights: str | Path) -> EncoderConfig:
             f"There are no encoder weights '{weights}': not a file, and not one that ships ({shipped})."
         )
     header = weights_header(path)
-    if header.get("kind") != "encoder" or not {"encoder", "model_args"} <= header.keys():
-        raise CheckpointError(
-            f"{path} does not record which encoder it holds. Give one that `vnaw pretrain` or `vnaw finetune` wrote."
-        )
-    return EncoderConfig(name=header["encoder"], weights=path, model_args=header["model_args"])
+    with suppress(KeyError, ValidationError):
+        if header.get("kind") == "encoder":
+            return EncoderConfig(name=header["encoder"], weights=path, model_args=header["model_args"])
+    if path.suffix == ".safetensors":
+        load_tensors(find_weights(path))
+    raise CheckpointError(
+        f"{path} does not record which encoder it holds. Give one that `vnaw pretrain` or `vnaw finetune` wrote."
+    )
 
 
 def resolve_pool(config: EncoderConfig) -> str | None:

@@ -27,7 +27,7 @@ from vnaw_pipeline.crops.source import decode_crop
 from vnaw_pipeline.crops.video import Frame, Rgb
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
 from vnaw_pipeline.features.backends import Encode, make_encode, one_core_per_forward, resolve_arithmetic
-from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_encoder
+from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, lasting_args, load_encoder
 from vnaw_pipeline.features.store import IMPORTED
 from vnaw_pipeline.inference.people import Colours, PeopleTracker, colours_of, contrast_of_people, is_cut, thumbnail
 from vnaw_pipeline.processes import process_state
@@ -138,7 +138,9 @@ class _Look(NamedTuple):
 
 
 @contextmanager
-def open_models(config: PipelineConfig, encoder: str | None, run: Run | None) -> Iterator[Models]:
+def open_models(
+    config: PipelineConfig, encoder: str | None, run: Run | None, allow_pickle: bool = False
+) -> Iterator[Models]:
     """Load detector and encoder, and check that they fit the run.
 
     The encoder is the one of that name or file, else the one in the config's section `encoder`, else DEFAULT_ENCODER.
@@ -156,7 +158,7 @@ def open_models(config: PipelineConfig, encoder: str | None, run: Run | None) ->
         wanted = encoder_of_weights(encoder or DEFAULT_ENCODER)
     detector = load_detector(config.crop, threads=1)
     try:
-        loaded = load_encoder(wanted, config.seed)
+        loaded = load_encoder(wanted, config.seed, allow_pickle)
     except (CheckpointError, ConfigError) as error:
         if run is None or encoder is not None:
             raise
@@ -188,6 +190,7 @@ def _check_features(run: Run, encoder: Encoder, crop_set: str) -> None:
             f"{run.folder.path} was trained on features that `vnaw import` took over, and no encoder here makes them. "
             "Give a run that was trained on features of `vnaw extract`."
         )
+    trained = {**trained, "model_args": lasting_args(trained["model_args"])}  # earlier stores recorded all of them
     if unlike := differences({**trained, **encoder.fingerprint()}, trained):
         raise CheckpointError(
             f"{run.folder.path} was trained on the features of another encoder (found here, wanted by the run): "

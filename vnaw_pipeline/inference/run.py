@@ -62,12 +62,18 @@ class _Outcome:
 
 
 def infer_video(
-    path: str | Path, *, encoder: str | None = None, run_dir: Path | None = None, config: PipelineConfig | None = None
+    path: str | Path,
+    *,
+    encoder: str | None = None,
+    run_dir: Path | None = None,
+    config: PipelineConfig | None = None,
+    allow_pickle: bool = False,
 ) -> pd.DataFrame:
     """The expressions of everyone in a video or an image, one row for each frame and person; nothing is written.
 
     The columns are those of `frame_table`. `encoder` names weights that ship or a file of ours, `run_dir` a run of
-    `vnaw train`, `config` everything else (None: the run's, or the defaults).
+    `vnaw train`, `config` everything else (None: the run's, or the defaults). `allow_pickle` lets the config's
+    `encoder.weights` be a .pth file.
 
     Raises:
         DataError: the file cannot be read, not even its first frame.
@@ -75,7 +81,7 @@ def infer_video(
     """
     run = open_run(run_dir) if run_dir is not None else None
     config = config or (load_config(run.folder.config) if run is not None else PipelineConfig())
-    with open_models(config, encoder, run) as models:
+    with open_models(config, encoder, run, allow_pickle) as models:
         outcome = _analyse_file(Path(path).stem, Path(path), models, Clock(), lambda _: None)
     if outcome.loss is not None:
         _LOG.warning("%s: %s", path, outcome.loss)
@@ -90,6 +96,7 @@ def infer_videos(
     encoder: str | None = None,
     run: Run | None = None,
     camera: int | None = None,
+    allow_pickle: bool = False,
 ) -> StageReport:
     """Read the expressions of everyone in videos, images, folders of them, or from a camera, and write what is found.
 
@@ -120,7 +127,7 @@ def infer_videos(
     )  # each frame is analysed, then drawn on
     clock, video_s = Clock(), 0.0
     try:
-        with open_models(config, encoder, run) as models, progress_bar("infer", twice) as bar:
+        with open_models(config, encoder, run, allow_pickle) as models, progress_bar("infer", twice) as bar:
             for name, path in paths.items():
                 try:
                     outcome = read(name, path, models, clock, bar.advance)

@@ -28,7 +28,7 @@ from vnaw_pipeline.features.encoder import (
     resolve_pool,
 )
 from vnaw_pipeline.losses.images import distillation_loss
-from vnaw_pipeline.metrics import expression_scores
+from vnaw_pipeline.metrics import face_scores
 from vnaw_pipeline.processes import gather_all, process_state
 from vnaw_pipeline.stages import Failure, StageReport
 from vnaw_pipeline.tasks import EXPRESSIONS, TASKS, Split
@@ -38,8 +38,8 @@ from vnaw_pipeline.training.images import (
     encoder_optimisation,
     erase_rectangles,
     label_objective,
+    model_outputs,
     own_batches,
-    predicted_classes,
     read_ahead,
     vary_images,
 )
@@ -99,13 +99,14 @@ def pretrain_encoder(
     overwrite: bool = False,
     observe: Callable[[nn.Module], dict[str, float]] | None = None,
 ) -> StageReport:
-    """Train the encoder and a linear head on static faces; every epoch scores all validation faces by their majority.
+    """Train the encoder and a linear head on static faces; every epoch scores all validation faces by their majority
+    (macro-F1 over the classes that occur among them).
 
     A training image that cannot be read is left out and is a failure of the report.
     `observe` is called with the model after each epoch; its figures join the epoch's in `metrics.jsonl`.
 
     Raises:
-        DataError: a set, or validation images (all are named), that cannot be read; no face with a label.
+        DataError: a set, or validation images (the first 20 are named), that cannot be read; no face with a label.
         ConfigError, CheckpointError: as `build_encoder`; a teacher without a head; the folder holds another run.
     """
     started = time.monotonic()
@@ -264,12 +265,12 @@ def _evaluate(
 ) -> dict[str, float]:
     device = process_state().device
 
-    def classify(places: Tensor) -> Tensor:
+    def answer(places: Tensor) -> Tensor:
         logits: Tensor = model(preprocessing.normalise(scored.read(places).images.to(device)))
-        return logits.argmax(dim=1)
+        return logits
 
-    predicted = predicted_classes(len(scored), settings.batch_faces, classify)
+    predicted = model_outputs(len(scored), len(EXPRESSIONS), settings.batch_faces, answer).argmax(dim=1)
     _refuse_unreadable(scored)
-    scores = expression_scores(scored.targets.argmax(dim=1).numpy(), predicted.numpy(), len(EXPRESSIONS))
+    scores = face_scores(scored.targets.argmax(dim=1).numpy(), predicted.numpy(), len(EXPRESSIONS))
     observed = observe(model) if observe is not None else {}
     return {SCORE: scores.macro_f1, "accuracy": scores.accuracy, **observed}

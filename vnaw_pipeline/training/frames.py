@@ -30,21 +30,22 @@ from vnaw_pipeline.features.encoder import (
 )
 from vnaw_pipeline.folds import fold_split, recordings_in
 from vnaw_pipeline.losses.affect import affect_loss
+from vnaw_pipeline.losses.joint import annotated
 from vnaw_pipeline.losses.units import units_loss
 from vnaw_pipeline.manifests import read_labels, read_manifest
-from vnaw_pipeline.metrics import expression_scores
+from vnaw_pipeline.metrics import expression_scores, score_predictions
 from vnaw_pipeline.processes import gather_all, process_state
 from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.stages import Failure, StageReport
-from vnaw_pipeline.tasks import ACTION_UNITS, IGNORE_LABEL, TASKS, Task, TaskName
+from vnaw_pipeline.tasks import ACTION_UNITS, IGNORE_LABEL, TASKS, Task, TaskName, output_columns
 from vnaw_pipeline.training.images import (
     ImageBatch,
     LabelObjective,
     encoder_optimisation,
     erase_rectangles,
     label_objective,
+    model_outputs,
     own_batches,
-    predicted_classes,
     read_ahead,
     vary_images,
 )
@@ -116,6 +117,11 @@ class LabelledFrames:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def extras(self) -> dict[TaskName, Tensor]:
+        """The labels of the tasks beside the expression, a row a frame."""
+        return {"va": self.affect, "au": self.units}
+
     def read(self, chosen: Tensor) -> FrameBatch:
         """Decode some of the frames, by index (B,)."""
         side = self._preprocessing.input_px
@@ -152,12 +158,14 @@ def finetune_encoder(
 ) -> StageReport:
     """Fine-tune the encoder with a linear head on class-balanced draws of labelled training frames.
 
-    With `fold`, the manifest's fold of that number is validation and the rest training, as in `train_windows`.
+    With `fold`, the manifest's fold of that number is validation and the rest training, as in `train_windows`. The
+    score of the expressions chooses the epoch; those of other heads stand beside it in `metrics.jsonl`, if validation
+    frames have their labels.
 
     Raises:
         ConfigError: a main task without classes, of which frames are drawn; as `load_encoder`.
         CheckpointError: as `load_encoder`; the folder holds another run.
-        DataError: no labelled frames, crops that are not there.
+        DataError: no labelled frames, or none for a head beside the expression; crops that are not there.
     """
     started = time.monotonic()
     state = process_state()
@@ -170,7 +178,8 @@ def finetune_encoder(
     videos = read_manifest(manifest)
     splits = fold_split(videos, fold)
     extra_tasks = [name for name, weight in _extra_weights(config.finetune).items() if weight]
-    num_outputs = len(task.outputs) + sum(len(TASKS[name].outputs) for name in extra_tasks)
+    tasks = (task, *(TASKS[name] for name in extra_tasks))
+    num_outputs = sum(len(each.outputs) for each in tasks)
     model, preprocessing, left_out = build_encoder(config.encoder, num_outputs, config.seed, allow_pickle)
     if left_out and tuple(recorded_of(config.encoder).get("outputs", ())) == task.outputs:
         take_over_outputs(model, left_out, len(task.outputs))
@@ -181,6 +190,12 @@ def finetune_encoder(
         )
         for split in ("train", "validation")
     )
+    for extra in tasks[1:]:
+        if not annotated(train.extras[extra.name], extra).any():
+            raise DataError(
+                f"No frame of the split 'train' has a label for task '{extra.name}' beside its expression. Give "
+                "annotations of it, or set the weight of its loss in the section finetune to 0."
+            )
     labels = {"train": train.digest, "validation": validation.digest}
     folder = begin_run(run_dir, config, _SECTIONS, overwrite, {"labels": labels, "fold": fold})
     settings = config.finetune
@@ -190,7 +205,7 @@ def finetune_encoder(
         model=model,
         steps=partial(_epoch_steps, train, config, len(task.outputs)),
         objective=partial(_objective, preprocessing, settings, against_labels),
-        evaluate=partial(_evaluate, validation, preprocessing, settings, len(task.outputs)),
+        evaluate=partial(_evaluate, validation, preprocessing, settings, tasks),
         header={
             "kind": "encoder",
             "task": task.name,
@@ -312,21 +327,32 @@ def _evaluate(
     validation: LabelledFrames,
     preprocessing: Preprocessing,
     settings: FinetuneConfig,
-    num_classes: int,
+    tasks: Sequence[Task],
     model: nn.Module,
 ) -> dict[str, float]:
-    """Score evenly spaced labelled validation frames against the given labels."""
+    """Score evenly spaced labelled validation frames against the given labels of each task, the expressions first."""
     device = process_state().device
     chosen = torch.linspace(0, len(validation) - 1, min(settings.validation_frames, len(validation))).round().long()
 
-    def classify(places: Tensor) -> Tensor:
+    def answer(places: Tensor) -> Tensor:
         batch = validation.read(chosen[places]).of_expression
-        logits: Tensor = model(preprocessing.normalise(batch.images.to(device)))[:, :num_classes]
-        return logits.argmax(dim=1).masked_fill(put(batch.targets.sum(dim=1) == 0, device), IGNORE_LABEL)
+        outputs: Tensor = model(preprocessing.normalise(batch.images.to(device)))
+        return outputs.masked_fill(put(batch.targets.sum(dim=1) == 0, device)[:, None], -torch.inf)  # not readable
 
-    predicted = predicted_classes(len(chosen), settings.batch_frames, classify)
-    scored = predicted != IGNORE_LABEL
-    if not scored.any():
+    columns, num_outputs = output_columns(tasks), sum(len(task.outputs) for task in tasks)
+    outputs = model_outputs(len(chosen), num_outputs, settings.batch_frames, answer)
+    readable = ~outputs.isneginf().all(dim=1)
+    if not readable.any():
         raise DataError("None of the validation frames that score an epoch can be read.")
-    scores = expression_scores(validation.labels[chosen][scored].numpy(), predicted[scored].numpy(), num_classes)
-    return {SCORE: scores.macro_f1, "accuracy": scores.accuracy}
+    chosen, outputs = chosen[readable], outputs[readable]
+    of_expression, *extras = tasks
+    predicted = outputs[:, columns[of_expression.name]].argmax(dim=1)
+    scores = expression_scores(validation.labels[chosen].numpy(), predicted.numpy(), len(of_expression.outputs))
+    figures = {SCORE: scores.macro_f1, "accuracy": scores.accuracy}
+    for task in extras:
+        labels = validation.extras[task.name][chosen]
+        if annotated(labels, task).any():
+            of_task = outputs[:, columns[task.name]]
+            answers = of_task.tanh() if task.kind == "affect" else of_task.sigmoid()
+            figures[task.metric] = score_predictions(task, labels.numpy(), answers.numpy()).figures[task.metric]
+    return figures

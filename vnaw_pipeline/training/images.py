@@ -18,7 +18,6 @@ from vnaw_pipeline.errors import ConfigError
 from vnaw_pipeline.losses.images import image_loss
 from vnaw_pipeline.losses.objectives import class_weights, jensen_shannon, prediction_memory, update_memory
 from vnaw_pipeline.processes import process_state, sum_over_processes
-from vnaw_pipeline.tasks import IGNORE_LABEL
 from vnaw_pipeline.training.loop import Optimisation, split_step
 
 Chosen = TypeVar("Chosen")
@@ -127,17 +126,17 @@ def own_batches(drawn: Tensor, batch: int) -> Iterator[Tensor]:
         yield split_step(step, state.process_index, state.num_processes, accumulation=1)[0]
 
 
-def predicted_classes(count: int, batch: int, classify: Callable[[Tensor], Tensor]) -> Tensor:
-    """The class of each of `count` images, int64 (N,), worked out by one process and known to all.
+def model_outputs(count: int, num_outputs: int, batch: int, answer: Callable[[Tensor], Tensor]) -> Tensor:
+    """A model's outputs for each of `count` images, float32 (N, outputs), worked out by one process and known to all.
 
-    `classify` gives the classes of the images at some places (B,), IGNORE_LABEL where one cannot be read.
+    `answer` gives them for the images at some places, (B,) -> (B, outputs).
     """
     state = process_state()
-    numbers = torch.zeros(count, dtype=torch.int64, device=state.device)  # 0: another process's, or not readable
+    outputs = torch.zeros(count, num_outputs, device=state.device)  # those of other processes are added
     mine = torch.arange(count)[state.process_index :: state.num_processes]
     for places in torch.split(mine, batch) if len(mine) else ():  # more processes than images
-        numbers[places.to(state.device)] = classify(places) - IGNORE_LABEL
-    return sum_over_processes(numbers).cpu() + IGNORE_LABEL
+        outputs[places.to(state.device)] = answer(places).float()
+    return sum_over_processes(outputs).cpu()
 
 
 def vary_images(images: Tensor) -> Tensor:
