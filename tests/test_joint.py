@@ -155,14 +155,14 @@ def test_a_manifest_of_several_tasks(world: World, caplog: pytest.LogCaptureFixt
 
 def test_the_check_knows_the_lengths_of_every_task(world: World) -> None:
     manifest = world.manifest(*ALL)
-    manifest.loc[manifest.video_id == "c", "num_frames"] = 37
+    manifest.loc[manifest.video_id == "c", "num_frames"] = 38
     found = [str(p) for p in check_manifest(manifest, world.annotations, world.crops, EXPR, further_tasks=(VA, AU))]
-    of_c = [line for line in found if "video c: num_frames 37, but" in line]
+    of_c = [line for line in found if "video c: num_frames 38, but" in line]
     assert sum("VA_Estimation_Challenge/Train_Set/c.txt has 35 rows" in line for line in of_c) == 1
     assert sum("AU_Detection_Challenge/Train_Set/c.txt has 35 rows" in line for line in of_c) == 1
     assert all(line.startswith("error") for line in of_c)
     config = config_of("va", {"expr8": 1.0})
-    with pytest.raises(StoreError, match="holds 35 frames of 'c', the manifest 37"):
+    with pytest.raises(StoreError, match="holds 35 frames of 'c', the manifest 38"):
         train_windows(manifest, world.annotations, world.store, world.root / "run", config)
 
 
