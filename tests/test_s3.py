@@ -1,6 +1,7 @@
 """Stores and predictions on S3: the same bytes as in a folder, through a server that fails too; errors are one line."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -252,6 +253,31 @@ def test_access_denied_missing_buckets_and_credentials_are_named(
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     locations._client.cache_clear()
     refused(r"pip install 'vnaw-pipeline\[s3\]'", s3 / "s")
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"])
+def test_an_endpoint_that_is_no_server_is_refused(
+    name: str, use_s3: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client would crash on each of these, with a stack of its own."""
+    pytest.importorskip("obstore", reason="the extra [s3] is not installed")
+    use_s3(9)
+    for url in ("localhost:9000", "localhost", "ftp://host", "http://", "http://:9", "http://host:9x", "http://[::1"):
+        monkeypatch.setenv(name, url)
+        with pytest.raises(ConfigError, match=rf"{name}='{re.escape(url)}' is not the address of a server: expected"):
+            open_store("s3://bucket/s")
+    for url in ("http://a b", " http://host", "http://host:99999"):
+        assert not locations._is_server(url)
+    for url in ("http://host", "https://a-b.c:443/base", "HTTP://127.0.0.1:9/", "http://[::1]:9"):
+        assert locations._is_server(url)
+
+
+def test_a_setting_that_is_empty_is_none(s3: S3Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AWS_SKIP_SIGNATURE", "AWS_REGION"):
+        monkeypatch.setenv(name, "")
+    locations._client.cache_clear()
+    write_text(s3 / "a.txt", "there")
+    assert (s3 / "a.txt").read_bytes() == b"there"
 
 
 def test_the_command_line_says_it_in_one_line(

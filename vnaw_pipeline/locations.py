@@ -29,6 +29,7 @@ RETRY_SECONDS = 180
 """A request that fails is tried again for so long. Below five minutes, for which a signed request is good."""
 REQUEST_SECONDS = 60
 """A reply that takes longer has failed. A chunk has 8 MB at a width of 1024."""
+_ENDPOINTS = {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"}
 _CREDENTIALS = (
     "AWS_ACCESS_KEY_ID",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -177,6 +178,7 @@ def _client(bucket: str, prefix: str = "") -> "S3Store":
         raise StoreError(
             f"s3://{bucket} needs a package more. Install it with `pip install 'vnaw-pipeline[s3]'`."
         ) from error
+    _check_settings()
     if not any(name in os.environ for name in _CREDENTIALS):
         _require_metadata_server(bucket)
     return S3Store(
@@ -185,6 +187,32 @@ def _client(bucket: str, prefix: str = "") -> "S3Store":
         client_options={"allow_http": True, "timeout": timedelta(seconds=REQUEST_SECONDS)},  # the endpoint decides
         retry_config={"max_retries": 100, "retry_timeout": timedelta(seconds=RETRY_SECONDS)},
     )
+
+
+def _check_settings() -> None:
+    """Refuse an endpoint that the client would crash on. An AWS_... variable that is empty counts as not set; it is
+    taken away, since the client reads the environment by itself.
+
+    Raises:
+        ConfigError: an endpoint is not the address of a server.
+    """
+    for name in [name for name, value in os.environ.items() if name.startswith("AWS_") and not value]:
+        del os.environ[name]
+    for name in _ENDPOINTS & os.environ.keys():
+        if not _is_server(os.environ[name]):
+            raise ConfigError(
+                f"{name}={os.environ[name]!r} is not the address of a server: expected http://host or https://host, "
+                "with its port if need be, as in http://host:9000. Set it so, or unset it for Amazon's own."
+            )
+
+
+def _is_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        is_host = re.fullmatch(r"[\w.:-]+", parts.hostname or "", re.ASCII) is not None
+        return parts.scheme in ("http", "https") and is_host and parts.port != 0 and not re.search(r"\s", url)
+    except ValueError:  # of a port that is no number, or of brackets
+        return False
 
 
 def _require_metadata_server(bucket: str) -> None:
