@@ -47,11 +47,17 @@ def test_what_names_a_place_on_s3_is_read_as_it(parts: list[str]) -> None:
     """Also as a Path, which leaves one of the two slashes."""
     place = S3Path("bucket", "/".join(parts))
     assert location(str(place)) == location(Path(str(place))) == location(f"{place}/") == location(place) == place
+    assert location("S3" + str(place).removeprefix("s3").replace("/", "//")) == place
 
 
 def test_what_names_no_place_is_refused() -> None:
-    for where in ("s3://", "gs://bucket/x", "https://host/x", Path("gs://bucket/x")):
+    for where in ("s3://", "gs://bucket/x", "https://host/x", "HTTPS://host/x", Path("gs://bucket/x")):
         with pytest.raises(ConfigError, match=r"expected a path, or s3://bucket/folder"):
+            location(where)
+    for where in ("s3://bucket/a/../b", "s3://bucket/./a", "s3://bucket/..", "s3://.."):
+        with pytest.raises(
+            ConfigError, match=r"cannot be used: '\.' and '\.\.' name no folder on S3\. Write the whole"
+        ):
             location(where)
     for where in ("runs/x", "/runs/x", "C:/runs", "s3", "."):
         assert location(where) == Path(where)

@@ -91,17 +91,19 @@ def location(where: str | Location) -> Location:
     """The place that a user names: `s3://bucket/key`, or a path.
 
     Raises:
-        ConfigError: another scheme, or no bucket.
+        ConfigError: another scheme, no bucket, or `.` or `..` on S3, where no folder is above another.
     """
     if isinstance(where, S3Path):
         return where
     scheme, _, rest = str(where).partition(":/")  # of "s3://bucket" a Path leaves "s3:/bucket"
-    if not re.fullmatch("[a-z][a-z0-9+]+", scheme) or str(where) == scheme:
+    if not re.fullmatch("[a-zA-Z][a-zA-Z0-9+]+", scheme) or str(where) == scheme:
         return Path(where)
-    bucket, _, key = rest.strip("/").partition("/")
-    if scheme != "s3" or not bucket:
+    bucket, *folders = [part for part in rest.split("/") if part] or [""]
+    if scheme.lower() != "s3" or not bucket:
         raise ConfigError(f"{where} cannot be used: expected a path, or s3://bucket/folder.")
-    return S3Path(bucket, key)
+    if {".", ".."} & {bucket, *folders}:
+        raise ConfigError(f"{where} cannot be used: '.' and '..' name no folder on S3. Write the whole name.")
+    return S3Path(bucket, "/".join(folders))
 
 
 def files_below(folder: Location) -> dict[str, int]:
