@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
@@ -78,6 +79,14 @@ def test_files_are_written_read_listed_and_removed(place: Location) -> None:
     for _ in range(2):
         (place / "a.txt").unlink(missing_ok=True)
     assert list(files_below(place)) == ["deep/v #1%.x~ +.json"]
+
+
+def test_a_folder_made_in_a_console_is_empty(s3: S3Path, s3_port: int) -> None:
+    marker = urllib.request.Request(f"http://127.0.0.1:{s3_port}/{s3.bucket}/{s3.key}/", b"", method="PUT")
+    urllib.request.urlopen(marker).close()
+    assert files_below(s3) == {}
+    store_module.create_store(s3, {"encoder": "e"}, 3)
+    assert files_below(s3).keys() == {"zarr.json"}
 
 
 def test_a_block_that_fails_writes_nothing(place: Location, tmp_path: Path) -> None:

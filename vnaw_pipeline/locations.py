@@ -110,7 +110,9 @@ def files_below(folder: Location) -> dict[str, int]:
     """Every file below a folder, by its name from there, and its size in bytes; of a folder that is not there, none."""
     if isinstance(folder, S3Path):
         listed = reach(folder, lambda: _client(folder.bucket).list(folder.key or None).collect())
-        return {found["path"].removeprefix(f"{folder.key}/"): found["size"] for found in listed}
+        # A folder made in a console is an object `folder/`, which the client lists as `folder`.
+        inside = [found for found in listed if found["path"] != folder.key]
+        return {found["path"].removeprefix(f"{folder.key}/"): found["size"] for found in inside}
     return dict(_files_below(folder, "")) if folder.exists() else {}
 
 
