@@ -295,6 +295,30 @@ def test_a_setting_that_is_empty_is_none(s3: S3Path, monkeypatch: pytest.MonkeyP
     assert (s3 / "a.txt").read_bytes() == b"there"
 
 
+def test_credentials_that_are_set_by_half_are_named_at_once(
+    use_s3: Callable[[int], None], impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore", reason="the extra [s3] is not installed")
+    for setting, value, words in (
+        ("AWS_SECRET_ACCESS_KEY", "", "Missing SecretAccessKey"),
+        ("AWS_ACCESS_KEY_ID", "", "Missing AccessKeyId"),
+        ("AWS_SKIP_SIGNATURE", "maybe", '"maybe" as boolean'),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", "/nowhere", "Failed to read token file '/nowhere'"),
+    ):
+        use_s3(9)
+        with monkeypatch.context() as of_this:
+            of_this.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/any")
+            if "TOKEN" in setting:
+                of_this.delenv("AWS_ACCESS_KEY_ID")
+                of_this.delenv("AWS_SECRET_ACCESS_KEY")
+            of_this.setenv(setting, value)
+            started = time.monotonic()
+            with pytest.raises(StoreError, match=rf"s3://bucket/s.*{words}.*which go together") as caught:
+                open_store("s3://bucket/s")
+            assert time.monotonic() - started < 3, "it was tried again"
+            assert "\n" not in str(caught.value)
+
+
 def test_the_command_line_says_it_in_one_line(
     s3: S3Path,
     features: tuple[pd.DataFrame, Path],

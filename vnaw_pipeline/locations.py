@@ -32,6 +32,7 @@ REQUEST_SECONDS = 60
 _ENDPOINTS = {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"}
 _CREDENTIALS = (
     "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
@@ -159,6 +160,11 @@ def _lasting_reason(text: str) -> str | None:
         return "there is no such bucket. Check its name and AWS_REGION, or AWS_ENDPOINT_URL if it is not on AWS."
     if re.search("/latest/(api/token|meta-data)", text):  # where a machine on AWS is told the credentials of its role
         return _NO_CREDENTIALS
+    if re.match("Generic (Config error|S3 error: (Missing|Failed to read token file))", text):  # it has not asked yet
+        return (
+            f"{_one_line(text)} Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, which go together, "
+            "AWS_SKIP_SIGNATURE (true or false), and AWS_WEB_IDENTITY_TOKEN_FILE."
+        )
     if code := re.search(r"40[13] (?:Unauthorized|Forbidden)(?:.*?<Code>(\w+))?", text, re.DOTALL):
         return (
             f"access is denied ({code[1] or code[0]}). Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
