@@ -14,7 +14,7 @@ import torch
 
 from vnaw_pipeline.config import PipelineConfig
 from vnaw_pipeline.errors import ConfigError, StoreError
-from vnaw_pipeline.features.bank import open_bank
+from vnaw_pipeline.features.bank import _first_that_fits, open_bank
 from vnaw_pipeline.features.store import CHUNK_FRAMES, create_store
 from vnaw_pipeline.prediction.predict import predict_videos
 from vnaw_pipeline.processes import cgroup_room, memory_share
@@ -47,7 +47,7 @@ def test_a_bank_that_does_not_fit_is_mapped_says_so_and_gives_the_same_numbers(
     assert losses(tmp_path / "mapped") == losses(tmp_path / "memory")
     pd.testing.assert_frame_equal(tables(tmp_path / "mapped"), wanted)
     said = [line for line in capsys.readouterr().err.splitlines() if "do not fit into 80% of the memory" in line]
-    assert len(said) == 2, "a line for each of the banks of training and validation"
+    assert len(said) == 3, "a line for each of the banks of training, validation and prediction"
     monkeypatch.undo()
     elsewhere = tiny_config.model_copy(update={"bank": "mapped"})
     report = train_windows(drawn.manifest, drawn.annotations, drawn_store, tmp_path / "memory", elsewhere)
@@ -71,6 +71,15 @@ def test_a_mapped_bank_equals_the_one_in_memory_and_leaves_no_file(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
     with pytest.raises(StoreError, match="Set TMPDIR to a folder"):
         open_bank(store, shown=False, place="mapped")
+
+
+def test_the_smallest_room_of_all_processes_decides_and_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(NO_ROOM, lambda: 10_000)
+    monkeypatch.setattr("vnaw_pipeline.features.bank.gather_all", lambda items: [*items, 4_000_000, 2_000])
+    assert [_first_that_fits("device", size, torch.device("cpu")) for size in (1_600, 1_601)] == ["memory", "mapped"]
+    assert capsys.readouterr().err.count("80% of the memory's free 2e-06 GB; trying mapped.\n") == 1
 
 
 def test_a_chunk_that_is_cut_off_or_gone_is_named_with_its_video(tmp_path: Path) -> None:
