@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pandas as pd
@@ -190,6 +191,25 @@ def test_a_flaky_server_is_asked_again(
         assert (store.embeddings(video_id) == wanted.embeddings(video_id)).all()
     assert before.served.keys() == {None, "503", "500", "cut off", "hung up", "slow"}
     assert not too_long
+
+
+def test_what_is_there_is_listed_once(
+    features: tuple[pd.DataFrame, Path],
+    proxy: Callable[[Callable[[int, str, str], Fault | None]], FlakyProxy],
+    s3: S3Path,
+) -> None:
+    """Once for each of its two folders, and not once more for files that only a kill on a disk leaves."""
+    import_features(*features, s3 / "s")
+    listed = []
+
+    def no_fault(_: int, method: str, path: str) -> None:
+        query = parse_qs(urlsplit(path).query)
+        if "list-type" in query and "delimiter" not in query:  # else it lists names of videos alone
+            listed.append(query["prefix"][0].removeprefix(f"{s3.key}/"))
+
+    proxy(no_fault)
+    assert import_features(*features, s3 / "s").skipped == 7
+    assert listed == ["s/plain/", "s/valid/"]
 
 
 def test_a_server_that_dies_loses_nothing_that_is_written(
