@@ -225,3 +225,8 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     if process_state().num_processes > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def put(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device, copied while the host goes on."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
