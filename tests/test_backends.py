@@ -19,6 +19,7 @@ from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_enc
 from vnaw_pipeline.features.extract import extract_features
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.inference.analyse import open_models
+from vnaw_pipeline.processes import put
 from vnaw_pipeline.provenance import differences
 from vnaw_pipeline.rendering.face import draw_face
 from vnaw_pipeline.rendering.identity import sample_identity
@@ -94,6 +95,22 @@ def fast_store(drawn: DrawnData, tiny_config: PipelineConfig, tmp_path_factory: 
     config = with_openvino(tiny_config, views=("plain", "erase0"))
     assert extract_features(drawn.manifest, drawn.crops, path, config).ok
     return path
+
+
+def test_frames_and_masks_go_to_the_device_while_the_host_goes_on(
+    tiny_config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no GPU here: it is that they go by the way for it, which on a CPU copies nothing."""
+    gone = []
+
+    def record(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        gone.append((tensor.dtype, device))
+        return put(tensor, device)
+
+    monkeypatch.setattr("vnaw_pipeline.features.backends.put", record)
+    encode = make_encode(load_encoder(tiny_config.encoder), Arithmetic("torch", "fp32", CPU), 1, 2)
+    encode(np.zeros((2, 32, 32, 3), np.uint8), np.zeros((2, 32, 32), np.bool_))
+    assert gone == [(torch.uint8, CPU), (torch.bool, CPU)]
 
 
 @pytest.mark.parametrize("cores", [1, 2])

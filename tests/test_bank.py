@@ -1,5 +1,6 @@
 """The bank goes where it fits and changes no number there; training takes its memory and little more."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import torch
 
 from vnaw_pipeline.config import PipelineConfig
 from vnaw_pipeline.errors import ConfigError, StoreError
-from vnaw_pipeline.features.bank import open_bank
+from vnaw_pipeline.features.bank import _first_that_fits, open_bank
 from vnaw_pipeline.features.store import CHUNK_FRAMES, create_store
 from vnaw_pipeline.prediction.predict import predict_videos
 from vnaw_pipeline.processes import cgroup_room, memory_share
+from vnaw_pipeline.stages import usable_cores
 from vnaw_pipeline.training.windows import train_windows
 
 from .conftest import DrawnData
@@ -47,7 +49,7 @@ def test_a_bank_that_does_not_fit_is_mapped_says_so_and_gives_the_same_numbers(
     assert losses(tmp_path / "mapped") == losses(tmp_path / "memory")
     pd.testing.assert_frame_equal(tables(tmp_path / "mapped"), wanted)
     said = [line for line in capsys.readouterr().err.splitlines() if "do not fit into 80% of the memory" in line]
-    assert len(said) == 2, "a line for each of the banks of training and validation"
+    assert len(said) == 3, "a line for each of the banks of training, validation and prediction"
     monkeypatch.undo()
     elsewhere = tiny_config.model_copy(update={"bank": "mapped"})
     report = train_windows(drawn.manifest, drawn.annotations, drawn_store, tmp_path / "memory", elsewhere)
@@ -71,6 +73,15 @@ def test_a_mapped_bank_equals_the_one_in_memory_and_leaves_no_file(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
     with pytest.raises(StoreError, match="Set TMPDIR to a folder"):
         open_bank(store, shown=False, place="mapped")
+
+
+def test_the_smallest_room_of_all_processes_decides_and_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(NO_ROOM, lambda: 10_000)
+    monkeypatch.setattr("vnaw_pipeline.features.bank.gather_all", lambda items: [*items, 4_000_000, 2_000])
+    assert [_first_that_fits("device", size, torch.device("cpu")) for size in (1_600, 1_601)] == ["memory", "mapped"]
+    assert capsys.readouterr().err.count("80% of the memory's free 2e-06 GB; trying mapped.\n") == 1
 
 
 def test_a_chunk_that_is_cut_off_or_gone_is_named_with_its_video(tmp_path: Path) -> None:
@@ -102,6 +113,33 @@ def test_the_tightest_control_group_counts_and_cached_files_do_not(tmp_path: Pat
     assert cgroup_room(tmp_path) == 5000 - 3000 + 900
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_tightest_cpu_quota_counts_and_a_part_of_a_core_is_one(
+    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    assert usable_cores(tmp_path) == 64, "a system without control groups"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    lines = "0::/job/step\n" if version == 2 else "3:memory:/other\n4:cpu,cpuacct:/job/step\n"
+    (tmp_path / "proc/self/cgroup").write_text(lines)
+    folder = tmp_path / "sys/fs/cgroup" / ("" if version == 2 else "cpu") / "job/step"
+    folder.mkdir(parents=True)
+
+    def limit(place: Path, quota: str) -> None:
+        if version == 2:
+            (place / "cpu.max").write_text(f"{quota} 100000\n")
+        else:
+            (place / "cpu.cfs_quota_us").write_text(f"{quota}\n".replace("max", "-1"))
+            (place / "cpu.cfs_period_us").write_text("100000\n")
+
+    limit(folder, "max")
+    assert usable_cores(tmp_path) == 64
+    limit(folder.parent, "250000")
+    assert usable_cores(tmp_path) == 3
+    limit(folder, "1000")
+    assert usable_cores(tmp_path) == 1
+
+
 def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = memory_share()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -115,6 +153,7 @@ import torch
 from vnaw_pipeline.bench.measure import peak_memory
 from vnaw_pipeline.config import PipelineConfig
 from vnaw_pipeline.features.store import open_store
+from vnaw_pipeline.stages import usable_cores
 from vnaw_pipeline.training.windows import train_windows
 
 place, limit, *paths = sys.argv[1:]

@@ -102,7 +102,10 @@ def test_unreadable_files_are_named(content: bytes, words: str, tmp_path: Path) 
         load_config(path)
 
 
-def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+def test_an_empty_file_or_section_means_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("# nothing yet\n")
-    assert load_config(path) == PipelineConfig()
+    for content in ("# nothing yet\n", "train:\npredict:\n  smooth:\n"):
+        path.write_text(content)
+        assert load_config(path) == PipelineConfig()
+        overrides = ["train.epochs=5", "predict.smooth.kind=mean"]
+        assert load_config(path, overrides) == load_config(None, overrides)

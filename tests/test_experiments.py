@@ -69,6 +69,9 @@ def test_crossval_trains_and_scores_every_fold_and_a_rerun_does_nothing(
     refused = run_command("crossval", drawn, drawn_store, other, tmp_path)
     assert isinstance(refused.exception, CheckpointError)
     assert "another config: seed" in str(refused.exception)
+    assert str(refused.exception).endswith(
+        f". Give another --out, or remove {tmp_path / 'out' / 'official'} to train it afresh."
+    ), "there is no --overwrite here"
 
 
 def test_ablation_trains_four_recipes(
@@ -161,5 +164,7 @@ def test_a_cascade_is_two_runs_and_two_answers(
         header, *labels = path.read_text().splitlines()
         swapped = {"1": "3", "3": "1"}  # anger and fear, which coarse5 does not tell apart
         path.write_text("\n".join([header, *(swapped.get(label, label) for label in labels)]) + "\n")
-    with pytest.raises(CheckpointError, match="labels"):
+    with pytest.raises(
+        CheckpointError, match=r"labels.* Give another --out, or remove .*negative4 to train it afresh\.$"
+    ):
         cascade(videos, tmp_path / "relabelled", drawn_store, tmp_path / "out", config)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from timm.layers import DropPath
 
 from vnaw_pipeline.checkpoints import load_tensors, read_header, save_tensors
 from vnaw_pipeline.config import EncoderConfig, PipelineConfig, dump_config, load_config
-from vnaw_pipeline.crops.source import decode_crop
+from vnaw_pipeline.crops.source import JpegFolder, decode_crop
 from vnaw_pipeline.errors import CheckpointError, ConfigError, StoreError
+from vnaw_pipeline.features import encode
+from vnaw_pipeline.features import store as store_module
 from vnaw_pipeline.features.encode import Chunk
 from vnaw_pipeline.features.encoder import Preprocessing, build_encoder, encoder_of_weights, load_encoder
 from vnaw_pipeline.features.extract import extract_features, share_of
@@ -81,6 +84,38 @@ def test_bytes_do_not_depend_on_threads_or_on_the_batch_around_a_frame(
     assert report.done == len(drawn.manifest)
     assert store_digest(tmp_path / "s") == store_digest(drawn_store)
     assert torch.get_num_threads() == before
+
+
+def test_crops_are_opened_once_for_chunks_in_a_row_and_closed(
+    drawn: DrawnData, tiny_config: PipelineConfig, drawn_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of images is listed when it is opened: once a chunk would be quadratic in a video's length."""
+    opened: list[tuple[str, JpegFolder]] = []
+    closed: list[JpegFolder] = []
+
+    class Watched(JpegFolder):
+        def read(self, start: int, stop: int) -> list[bytes | None]:
+            assert self not in closed
+            return super().read(start, stop)
+
+        def close(self) -> None:
+            closed.append(self)
+
+    def open_watched(crops_root: Path, crops: str) -> JpegFolder:
+        opened.append((crops, Watched(crops_root / crops)))
+        return opened[-1][1]
+
+    monkeypatch.setattr(encode, "open_listed_crops", open_watched)
+    monkeypatch.setattr(store_module, "CHUNK_FRAMES", 16)
+    report = extract_features(drawn.manifest, drawn.crops, tmp_path / "s", tiny_config)
+    assert report.done > 4 * len(drawn.manifest)
+    times = Counter(crops for crops, _ in opened)
+    assert times.keys() == set(drawn.manifest.crops)
+    assert max(times.values()) <= 2, "whole chunks are made first, then what is left of each video"
+    assert sorted(map(id, closed)) == sorted(id(source) for _, source in opened)
+    store, wanted = open_store(tmp_path / "s"), open_store(drawn_store)
+    for video_id in drawn.manifest.video_id:
+        assert (store.embeddings(video_id) == wanted.embeddings(video_id)).all()
 
 
 def test_a_rerun_does_nothing_and_a_lost_chunk_is_made_again(

@@ -12,7 +12,8 @@ from vnaw_pipeline import processes
 from vnaw_pipeline.config import PipelineConfig, dump_config
 from vnaw_pipeline.errors import ProcessError
 from vnaw_pipeline.features.extract import extract_features
-from vnaw_pipeline.features.store import open_store
+from vnaw_pipeline.features.store import create_store, open_store
+from vnaw_pipeline.locations import files_below
 from vnaw_pipeline.processes import agree
 from vnaw_pipeline.training.windows import train_windows
 
@@ -101,6 +102,29 @@ def test_a_lost_process_stops_the_extraction_and_a_rerun_does_the_rest(
     again = extract_features(drawn.manifest, drawn.crops, tmp_path / "s", tiny_config)
     assert (again.skipped, again.done) == (made, len(drawn.manifest) - made)
     assert store_digest(tmp_path / "s") == store_digest(drawn_store)
+
+
+@pytest.mark.parametrize("others", [set(), {"s/zarr.json"}], ids=["nothing there", "another store there"])
+def test_a_process_that_does_not_see_the_store_says_so_and_makes_none(
+    others: set[str], drawn: DrawnData, tiny_config: PipelineConfig, tmp_path: Path
+) -> None:
+    """Each process in a folder of its own, as on two machines without a shared file system."""
+    line = extract_line(drawn, tiny_config, tmp_path / "s")
+    line[line.index(str(tmp_path / "s"))] = "s"
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    if others:
+        create_store(folders[1] / "s", {"encoder": "another"}, 3)
+    before = [f"import os, vnaw_pipeline; os.chdir({str(folder)!r})" for folder in folders]
+    port = free_port()
+    _, (code, _, errors) = ends([start(index, 2, line, port=port, before=before[index]) for index in range(2)])
+    assert code == 1
+    assert "Process 1 of 2 on " in errors
+    assert "does not see the store that process 0 made at s." in errors
+    assert "Traceback" not in errors
+    assert files_below(folders[1]).keys() == others
+    assert (folders[1] / "s").exists() == bool(others)
 
 
 def test_more_processes_than_chunks_leave_one_without_work(

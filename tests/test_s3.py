@@ -1,13 +1,16 @@
 """Stores and predictions on S3: the same bytes as in a folder, through a server that fails too; errors are one line."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pandas as pd
@@ -46,11 +49,17 @@ def test_what_names_a_place_on_s3_is_read_as_it(parts: list[str]) -> None:
     """Also as a Path, which leaves one of the two slashes."""
     place = S3Path("bucket", "/".join(parts))
     assert location(str(place)) == location(Path(str(place))) == location(f"{place}/") == location(place) == place
+    assert location("S3" + str(place).removeprefix("s3").replace("/", "//")) == place
 
 
 def test_what_names_no_place_is_refused() -> None:
-    for where in ("s3://", "gs://bucket/x", "https://host/x", Path("gs://bucket/x")):
+    for where in ("s3://", "gs://bucket/x", "https://host/x", "HTTPS://host/x", Path("gs://bucket/x")):
         with pytest.raises(ConfigError, match=r"expected a path, or s3://bucket/folder"):
+            location(where)
+    for where in ("s3://bucket/a/../b", "s3://bucket/./a", "s3://bucket/..", "s3://.."):
+        with pytest.raises(
+            ConfigError, match=r"cannot be used: '\.' and '\.\.' name no folder on S3\. Write the whole"
+        ):
             location(where)
     for where in ("runs/x", "/runs/x", "C:/runs", "s3", "."):
         assert location(where) == Path(where)
@@ -71,6 +80,14 @@ def test_files_are_written_read_listed_and_removed(place: Location) -> None:
     for _ in range(2):
         (place / "a.txt").unlink(missing_ok=True)
     assert list(files_below(place)) == ["deep/v #1%.x~ +.json"]
+
+
+def test_a_folder_made_in_a_console_is_empty(s3: S3Path, s3_port: int) -> None:
+    marker = urllib.request.Request(f"http://127.0.0.1:{s3_port}/{s3.bucket}/{s3.key}/", b"", method="PUT")
+    urllib.request.urlopen(marker).close()
+    assert files_below(s3) == {}
+    store_module.create_store(s3, {"encoder": "e"}, 3)
+    assert files_below(s3).keys() == {"zarr.json"}
 
 
 def test_a_block_that_fails_writes_nothing(place: Location, tmp_path: Path) -> None:
@@ -176,6 +193,25 @@ def test_a_flaky_server_is_asked_again(
     assert not too_long
 
 
+def test_what_is_there_is_listed_once(
+    features: tuple[pd.DataFrame, Path],
+    proxy: Callable[[Callable[[int, str, str], Fault | None]], FlakyProxy],
+    s3: S3Path,
+) -> None:
+    """Once for each of its two folders, and not once more for files that only a kill on a disk leaves."""
+    import_features(*features, s3 / "s")
+    listed = []
+
+    def no_fault(_: int, method: str, path: str) -> None:
+        query = parse_qs(urlsplit(path).query)
+        if "list-type" in query and "delimiter" not in query:  # else it lists names of videos alone
+            listed.append(query["prefix"][0].removeprefix(f"{s3.key}/"))
+
+    proxy(no_fault)
+    assert import_features(*features, s3 / "s").skipped == 7
+    assert listed == ["s/plain/", "s/valid/"]
+
+
 def test_a_server_that_dies_loses_nothing_that_is_written(
     features: tuple[pd.DataFrame, Path],
     proxy: Callable[[Callable[[int, str, str], Fault | None]], FlakyProxy],
@@ -252,6 +288,55 @@ def test_access_denied_missing_buckets_and_credentials_are_named(
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     locations._client.cache_clear()
     refused(r"pip install 'vnaw-pipeline\[s3\]'", s3 / "s")
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"])
+def test_an_endpoint_that_is_no_server_is_refused(
+    name: str, use_s3: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client would crash on each of these, with a stack of its own."""
+    pytest.importorskip("obstore", reason="the extra [s3] is not installed")
+    use_s3(9)
+    for url in ("localhost:9000", "localhost", "ftp://host", "http://", "http://:9", "http://host:9x", "http://[::1"):
+        monkeypatch.setenv(name, url)
+        with pytest.raises(ConfigError, match=rf"{name}='{re.escape(url)}' is not the address of a server: expected"):
+            open_store("s3://bucket/s")
+    for url in ("http://a b", " http://host", "http://host:99999"):
+        assert not locations._is_server(url)
+    for url in ("http://host", "https://a-b.c:443/base", "HTTP://127.0.0.1:9/", "http://[::1]:9"):
+        assert locations._is_server(url)
+
+
+def test_a_setting_that_is_empty_is_none(s3: S3Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AWS_SKIP_SIGNATURE", "AWS_REGION"):
+        monkeypatch.setenv(name, "")
+    locations._client.cache_clear()
+    write_text(s3 / "a.txt", "there")
+    assert (s3 / "a.txt").read_bytes() == b"there"
+
+
+def test_credentials_that_are_set_by_half_are_named_at_once(
+    use_s3: Callable[[int], None], impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore", reason="the extra [s3] is not installed")
+    for setting, value, words in (
+        ("AWS_SECRET_ACCESS_KEY", "", "Missing SecretAccessKey"),
+        ("AWS_ACCESS_KEY_ID", "", "Missing AccessKeyId"),
+        ("AWS_SKIP_SIGNATURE", "maybe", '"maybe" as boolean'),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", "/nowhere", "Failed to read token file '/nowhere'"),
+    ):
+        use_s3(9)
+        with monkeypatch.context() as of_this:
+            of_this.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/any")
+            if "TOKEN" in setting:
+                of_this.delenv("AWS_ACCESS_KEY_ID")
+                of_this.delenv("AWS_SECRET_ACCESS_KEY")
+            of_this.setenv(setting, value)
+            started = time.monotonic()
+            with pytest.raises(StoreError, match=rf"s3://bucket/s.*{words}.*which go together") as caught:
+                open_store("s3://bucket/s")
+            assert time.monotonic() - started < 3, "it was tried again"
+            assert "\n" not in str(caught.value)
 
 
 def test_the_command_line_says_it_in_one_line(

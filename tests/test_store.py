@@ -115,14 +115,14 @@ def test_bank_holds_the_videos_end_to_end_and_a_zero_row(place: Location) -> Non
         open_bank(store, ["a", "c"], shown=False)
 
 
-def test_what_kills_left_of_writes_is_swept(place: Location) -> None:
+def test_what_kills_left_of_writes_is_swept(tmp_path: Path) -> None:
     left = ["zarr.01ab.partial", "plain/.zarr.2_c.partial.json", "failures/.v.0.3d.partial.json"]
     for name in left:
-        write_bytes(place / "s" / name, b"{")
-    store = create_store(place / "s", FINGERPRINT, 3)  # no store is there, but nothing else is
-    write_bytes(place / "s" / "failures" / "a.partial.video.0.json", b"[]")
+        write_bytes(tmp_path / "s" / name, b"{")
+    store = create_store(tmp_path / "s", FINGERPRINT, 3)  # no store is there, but nothing else is
+    write_bytes(tmp_path / "s" / "failures" / "a.partial.video.0.json", b"[]")
     store.remove_partial_files()
-    assert sorted(files_below(place / "s")) == ["failures/a.partial.video.0.json", "zarr.json"]
+    assert sorted(files_below(tmp_path / "s")) == ["failures/a.partial.video.0.json", "zarr.json"]
 
 
 def _write_for_ever(path: str) -> None:

@@ -35,7 +35,7 @@ def test_every_line_is_answered_in_the_templates_order(tmp_path):
     out = tmp_path / "new" / "submission.txt"
     assert write_submission(predictions.sample(frac=1, random_state=0), template, out, EXPR) == 2
     assert out.read_bytes() == (HEADER + "\nb_left/00002.jpg,3\nb_left/00001.jpg,7\n").encode()
-    assert verify_submission(out, template, EXPR) == 2
+    assert verify_submission(out, read_template(template, EXPR), EXPR) == 2
 
 
 def test_windows_newlines_and_byte_order_mark_are_not_copied(tmp_path):
@@ -121,7 +121,7 @@ def test_valence_and_arousal_are_clipped_and_never_in_exponents(tmp_path):
     for wrong in ("1.5,0.0", "0.5", "0.5,0.5,0.5", "nan,0.0", "1.1,0.0"):
         (tmp_path / "s.txt").write_text((tmp_path / "s.txt").read_text().replace(",0.5,-0.5", f",{wrong}"))
         with pytest.raises(DataError, match=r":2: .* two numbers from -1 to 1"):
-            verify_submission(tmp_path / "s.txt", template, task)
+            verify_submission(tmp_path / "s.txt", read_template(template, task), task)
         (tmp_path / "s.txt").write_text((tmp_path / "s.txt").read_text().replace(f",{wrong}\n", ",0.5,-0.5\n"))
 
 
@@ -133,7 +133,7 @@ def test_action_units_are_twelve_bits(tmp_path):
     assert (tmp_path / "s.txt").read_text().splitlines()[1] == "2-30-640x360/00002.jpg,1,0" + ",1" * 10
     (tmp_path / "s.txt").write_text(task.template_header + "\n2-30-640x360/00002.jpg" + ",2" * 12 + "\n")
     with pytest.raises(DataError, match="twelve 0 or 1"):
-        verify_submission(tmp_path / "s.txt", template, task)
+        verify_submission(tmp_path / "s.txt", read_template(template, task), task)
 
 
 def test_the_template_says_its_task(tmp_path):
@@ -175,7 +175,7 @@ def test_verifying_finds_any_difference(tmp_path, change, message):
     write_submission(predictions_of({("a", 0): 1, ("a", 1): 2}), template, out, EXPR)
     out.write_text(change(out.read_text()))
     with pytest.raises(DataError, match=message):
-        verify_submission(out, template, EXPR)
+        verify_submission(out, read_template(template, EXPR), EXPR)
 
 
 def test_a_hundred_thousand_lines_take_seconds(tmp_path):

@@ -48,7 +48,7 @@ def read_annotation(path: Path, task: Task) -> Labels:
     """Read one annotation file as `Labels` in the task's label space.
 
     A frame without valence or without arousal (-5 in either) has neither. Action units are kept one by one;
-    `labelled` says which frames have them all.
+    `labelled` says which frames have any.
 
     Raises:
         DataError: every problem in the file, one a line, as `path:line: problem`.

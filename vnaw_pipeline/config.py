@@ -18,6 +18,11 @@ BankPlace = Literal["device", "memory", "mapped"]
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_means_the_defaults(cls, values: Any) -> Any:
+        return {} if values is None else values
+
 
 class CropConfig(_Section):
     """Faces from video: detection, alignment, and how crops are written."""
@@ -546,7 +551,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     *sections, key = dotted.split(".")
     target = values
     for section in sections:
-        target = target.setdefault(section, {})
+        if target.get(section) is None:  # not there, or empty
+            target[section] = {}
+        target = target[section]
         if not isinstance(target, dict):
             raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section.")
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from vnaw_pipeline.config import MaskingConfig, PipelineConfig, changed_config
-from vnaw_pipeline.errors import ConfigError, DataError
+from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.features.views import PLAIN
 from vnaw_pipeline.folds import fold_split
@@ -214,7 +214,14 @@ def _write_table(report: StageReport, table: dict[str, Any], out: Path) -> Stage
 def _run(
     variant: Variant, videos: pd.DataFrame, annotations_dir: Path, store_path: str | Location, run: RunFolder
 ) -> dict[str, Any]:
-    train_windows(videos, annotations_dir, store_path, run.path, variant.config, fold=variant.fold)
+    try:
+        train_windows(videos, annotations_dir, store_path, run.path, variant.config, fold=variant.fold)
+    except CheckpointError as error:
+        # A training advises --overwrite, which the commands for experiments have not: it would start all variants anew.
+        reason, of_another_run, _ = str(error).partition(" Give a new run folder")
+        if not of_another_run:
+            raise
+        raise CheckpointError(f"{reason} Give another --out, or remove {run.path} to train it afresh.") from error
     predict_videos(videos, store_path, run.path, "validation")
     task = TASKS[variant.config.task]
     table = run.predictions("validation")

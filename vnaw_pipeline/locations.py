@@ -29,8 +29,10 @@ RETRY_SECONDS = 180
 """A request that fails is tried again for so long. Below five minutes, for which a signed request is good."""
 REQUEST_SECONDS = 60
 """A reply that takes longer has failed. A chunk has 8 MB at a width of 1024."""
+_ENDPOINTS = {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"}
 _CREDENTIALS = (
     "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
@@ -90,24 +92,28 @@ def location(where: str | Location) -> Location:
     """The place that a user names: `s3://bucket/key`, or a path.
 
     Raises:
-        ConfigError: another scheme, or no bucket.
+        ConfigError: another scheme, no bucket, or `.` or `..` on S3, where no folder is above another.
     """
     if isinstance(where, S3Path):
         return where
     scheme, _, rest = str(where).partition(":/")  # of "s3://bucket" a Path leaves "s3:/bucket"
-    if not re.fullmatch("[a-z][a-z0-9+]+", scheme) or str(where) == scheme:
+    if not re.fullmatch("[a-zA-Z][a-zA-Z0-9+]+", scheme) or str(where) == scheme:
         return Path(where)
-    bucket, _, key = rest.strip("/").partition("/")
-    if scheme != "s3" or not bucket:
+    bucket, *folders = [part for part in rest.split("/") if part] or [""]
+    if scheme.lower() != "s3" or not bucket:
         raise ConfigError(f"{where} cannot be used: expected a path, or s3://bucket/folder.")
-    return S3Path(bucket, key)
+    if {".", ".."} & {bucket, *folders}:
+        raise ConfigError(f"{where} cannot be used: '.' and '..' name no folder on S3. Write the whole name.")
+    return S3Path(bucket, "/".join(folders))
 
 
 def files_below(folder: Location) -> dict[str, int]:
     """Every file below a folder, by its name from there, and its size in bytes; of a folder that is not there, none."""
     if isinstance(folder, S3Path):
         listed = reach(folder, lambda: _client(folder.bucket).list(folder.key or None).collect())
-        return {found["path"].removeprefix(f"{folder.key}/"): found["size"] for found in listed}
+        # A folder made in a console is an object `folder/`, which the client lists as `folder`.
+        inside = [found for found in listed if found["path"] != folder.key]
+        return {found["path"].removeprefix(f"{folder.key}/"): found["size"] for found in inside}
     return dict(_files_below(folder, "")) if folder.exists() else {}
 
 
@@ -154,6 +160,11 @@ def _lasting_reason(text: str) -> str | None:
         return "there is no such bucket. Check its name and AWS_REGION, or AWS_ENDPOINT_URL if it is not on AWS."
     if re.search("/latest/(api/token|meta-data)", text):  # where a machine on AWS is told the credentials of its role
         return _NO_CREDENTIALS
+    if re.match("Generic (Config error|S3 error: (Missing|Failed to read token file))", text):  # it has not asked yet
+        return (
+            f"{_one_line(text)} Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, which go together, "
+            "AWS_SKIP_SIGNATURE (true or false), and AWS_WEB_IDENTITY_TOKEN_FILE."
+        )
     if code := re.search(r"40[13] (?:Unauthorized|Forbidden)(?:.*?<Code>(\w+))?", text, re.DOTALL):
         return (
             f"access is denied ({code[1] or code[0]}). Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
@@ -177,6 +188,7 @@ def _client(bucket: str, prefix: str = "") -> "S3Store":
         raise StoreError(
             f"s3://{bucket} needs a package more. Install it with `pip install 'vnaw-pipeline[s3]'`."
         ) from error
+    _check_settings()
     if not any(name in os.environ for name in _CREDENTIALS):
         _require_metadata_server(bucket)
     return S3Store(
@@ -185,6 +197,32 @@ def _client(bucket: str, prefix: str = "") -> "S3Store":
         client_options={"allow_http": True, "timeout": timedelta(seconds=REQUEST_SECONDS)},  # the endpoint decides
         retry_config={"max_retries": 100, "retry_timeout": timedelta(seconds=RETRY_SECONDS)},
     )
+
+
+def _check_settings() -> None:
+    """Refuse an endpoint that the client would crash on. An AWS_... variable that is empty counts as not set; it is
+    taken away, since the client reads the environment by itself.
+
+    Raises:
+        ConfigError: an endpoint is not the address of a server.
+    """
+    for name in [name for name, value in os.environ.items() if name.startswith("AWS_") and not value]:
+        del os.environ[name]
+    for name in _ENDPOINTS & os.environ.keys():
+        if not _is_server(os.environ[name]):
+            raise ConfigError(
+                f"{name}={os.environ[name]!r} is not the address of a server: expected http://host or https://host, "
+                "with its port if need be, as in http://host:9000. Set it so, or unset it for Amazon's own."
+            )
+
+
+def _is_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        is_host = re.fullmatch(r"[\w.:-]+", parts.hostname or "", re.ASCII) is not None
+        return parts.scheme in ("http", "https") and is_host and parts.port != 0 and not re.search(r"\s", url)
+    except ValueError:  # of a port that is no number, or of brackets
+        return False
 
 
 def _require_metadata_server(bucket: str) -> None:

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 
 from vnaw_pipeline.errors import ProcessError, listing
 from vnaw_pipeline.provenance import code_digest, differences, environment, flat
-from vnaw_pipeline.stages import usable_cores
+from vnaw_pipeline.stages import control_groups, usable_cores
 
 Item = TypeVar("Item")
 
@@ -204,23 +204,13 @@ def cgroup_room(root: Path = Path("/")) -> float:
     """Bytes below the tightest memory limit of the control groups that this process is in, those of a container or of a
     batch job; infinite where there is none. Cached pages of files count as free: they go when memory is needed.
     """
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except FileNotFoundError:  # not Linux
-        return math.inf
     room = math.inf
-    for _, controllers, group in (line.split(":", 2) for line in lines):
-        if controllers not in ("", "memory"):
-            continue
-        is_v2 = controllers == ""
+    for folder, is_v2 in control_groups("memory", root):
         limit, used = ("max", "current") if is_v2 else ("limit_in_bytes", "usage_in_bytes")
-        top = root / "sys/fs/cgroup" / controllers
-        folder = top / group.strip("/")
-        for place in (folder, *folder.parents):
-            if place.is_relative_to(top) and (place / f"memory.{limit}").is_file():
-                text = (place / f"memory.{limit}").read_text().strip()
-                if text != "max":
-                    room = min(room, int(text) - int((place / f"memory.{used}").read_text()) + _cached(place, is_v2))
+        if (folder / f"memory.{limit}").is_file():
+            text = (folder / f"memory.{limit}").read_text().strip()
+            if text != "max":
+                room = min(room, int(text) - int((folder / f"memory.{used}").read_text()) + _cached(folder, is_v2))
     return room
 
 
@@ -235,3 +225,8 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     if process_state().num_processes > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def put(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device, copied while the host goes on."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -2,12 +2,14 @@
 
 import csv
 import io
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -26,9 +28,37 @@ from vnaw_pipeline.locations import Location
 from vnaw_pipeline.provenance import write_text
 
 
-def usable_cores() -> int:
-    """CPU cores that this process may use, at least 1."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(root: Path = Path("/")) -> int:
+    """CPU cores that this process may use, at least 1: those it may run on, and of them no more than the time that its
+    control groups, those of a container or of a batch job, have (a part of a core counts as one)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return math.ceil(min([cores, *_cpu_quotas(root)]))
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """Cores' worth of time that each control group of this process has, where it is limited."""
+    for folder, is_v2 in control_groups("cpu", root):
+        names = ("cpu.max",) if is_v2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        if (folder / names[0]).is_file():
+            quota, period = " ".join((folder / name).read_text() for name in names).split()
+            if quota not in ("max", "-1"):
+                yield int(quota) / int(period)
+
+
+def control_groups(controller: str, root: Path = Path("/")) -> Iterator[tuple[Path, bool]]:
+    """Folders of the control groups that this process is in, from the innermost outwards, and whether they are of
+    version 2; none where the system has no such groups."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except FileNotFoundError:  # not Linux
+        return
+    for _, controllers, group in (line.split(":", 2) for line in lines):
+        if controllers == "" or controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / (controller if controllers else "")
+            folder = top / group.strip("/")
+            for place in (folder, *folder.parents):
+                if place.is_relative_to(top):
+                    yield place, controllers == ""
 
 
 @dataclass(frozen=True)

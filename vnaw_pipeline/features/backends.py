@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vnaw_pipeline.errors import ConfigError, StoreError
 from vnaw_pipeline.features.encoder import Encoder, Preprocessing
-from vnaw_pipeline.processes import cpu_share
+from vnaw_pipeline.processes import cpu_share, put
 from vnaw_pipeline.textlines import shortened
 
 Frames = npt.NDArray[np.uint8]
@@ -144,9 +144,10 @@ def _torch_forward(encoder: Encoder, arithmetic: Arithmetic, forwards: int, batc
 
     @torch.inference_mode()
     def forward(frames: Frames, erased: Mask | None) -> npt.NDArray[np.float32]:
-        mask = None if erased is None else torch.from_numpy(erased).to(device)
+        images = put(torch.from_numpy(frames), device)
+        mask = None if erased is None else put(torch.from_numpy(erased), device)
         with slots:
-            embeddings: npt.NDArray[np.float32] = model(torch.from_numpy(frames).to(device), mask).cpu().numpy()
+            embeddings: npt.NDArray[np.float32] = model(images, mask).cpu().numpy()
         return embeddings
 
     return forward

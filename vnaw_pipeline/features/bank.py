@@ -88,8 +88,8 @@ def open_bank(
     """Read whole videos from a store: N frames of width D take 2 N D bytes a view. Plain is always read.
 
     `device` (None: the CPU) is where windows will be computed on. A bank that does not fit into `place` goes to the
-    next one, from the device to memory to a mapped file, and says so. All processes of a run open it together; those of
-    one machine share a mapped file.
+    next one, from the device to memory to a mapped file, and says so, also where no progress bar is `shown`. All
+    processes of a run open it together; those of one machine share a mapped file.
 
     Raises:
         StoreError: a view or a video is missing or not complete; no room for a mapped file.
@@ -101,7 +101,7 @@ def open_bank(
         first = np.concatenate([[0], np.cumsum(store.lengths(video_ids, views))]).astype(np.int64)
         total = int(first[-1])
         shape = (len(views), total + 1, store.embedding_dim)
-        place = _first_that_fits(place, 2 * math.prod(shape), device, shown)
+        place = _first_that_fits(place, 2 * math.prod(shape), device)
         tables = dict(zip(views, _allocate(place, shape, device), strict=True))
         valid = torch.zeros(total + 1, dtype=torch.bool)
         to_fill = tables if place != "mapped" or process_state().is_local_main_process else {}
@@ -133,21 +133,23 @@ def open_bank(
     return FeatureBank(video_ids, plain, valid.to(device), torch.from_numpy(first).to(device), tables)
 
 
-def _first_that_fits(wanted: BankPlace, size: int, device: torch.device, shown: bool) -> BankPlace:
+def _first_that_fits(wanted: BankPlace, size: int, device: torch.device) -> BankPlace:
     """Where a bank of so many bytes goes; every process decides alike, since they share a mapped file."""
     free = {"memory": memory_share()}
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what PyTorch keeps of an earlier training would count as taken
         free["device"] = torch.cuda.mem_get_info(device)[0]
-    for place in _PLACES[_PLACES.index(wanted) :]:
-        if place == "mapped" or (place in free and all(gather_all([size <= _SHARE[place] * free[place]]))):
-            break
-        if place in free and shown:
-            sys.stderr.write(
-                f"The features, {size / 1e9:.3g} GB, do not fit into {_SHARE[place]:.0%} of the {place}'s free "
-                f"{free[place] / 1e9:.3g} GB; trying {_PLACES[_PLACES.index(place) + 1]}.\n"
-            )
-    return place
+    for place in _PLACES[_PLACES.index(wanted) : -1]:
+        if place in free:
+            least = min(gather_all([free[place]]))
+            if size <= _SHARE[place] * least:
+                return place
+            if process_state().is_main_process:
+                sys.stderr.write(
+                    f"The features, {size / 1e9:.3g} GB, do not fit into {_SHARE[place]:.0%} of the {place}'s free "
+                    f"{least / 1e9:.3g} GB; trying {_PLACES[_PLACES.index(place) + 1]}.\n"
+                )
+    return _PLACES[-1]
 
 
 def _allocate(place: BankPlace, shape: tuple[int, int, int], device: torch.device) -> Tensor:

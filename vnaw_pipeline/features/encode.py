@@ -47,6 +47,15 @@ class EncodedChunk:
     failures: list[Failure]
 
 
+@dataclass
+class _Pending:
+    """A chunk in work. `crops` is closed with it; None if another chunk goes on reading from it."""
+
+    result: EncodedChunk
+    crops: VideoCrops | None
+    futures: list[Future[None]]
+
+
 def encode_chunks(
     chunks: Iterable[Chunk],
     crops_root: Path,
@@ -56,7 +65,8 @@ def encode_chunks(
     batch_frames: int,
     workers: int,
 ) -> Iterator[EncodedChunk]:
-    """Decode and encode chunk by chunk, in order, `workers` batches at a time; memory does not grow with the video.
+    """Decode and encode chunk by chunk, in order, `workers` batches at a time; of a video, memory grows only with the
+    names of its images. Crops are opened, and a folder of them listed, once for chunks of a video in a row.
 
     `crops_of` names each video's crops below `crops_root`. A chunk of a video without crops that can be opened has no
     valid frame, and one failure for the whole of it. A frame of `known_valid` that has no crop any more is a failure.
@@ -87,16 +97,16 @@ def encode_chunks(
             embeddings = encode(*frames_in_view(view, recipe, batch, chunk.video_id, start))
             result.embeddings[view][rows] = np.where(found[:, None], embeddings, np.float16(0))
 
-    pending: deque[tuple[VideoCrops | None, EncodedChunk, list[Future[None]]]] = deque()
+    pending: deque[_Pending] = deque()
 
     def finish() -> EncodedChunk:
-        crops, result, futures = pending.popleft()
-        for future in futures:
+        done = pending.popleft()
+        for future in done.futures:
             future.result()
-        if crops is not None:
-            crops.close()
-        result.failures.sort(key=lambda failure: failure.frame_index or 0)
-        return result
+        if done.crops is not None:
+            done.crops.close()
+        done.result.failures.sort(key=lambda failure: failure.frame_index or 0)
+        return done.result
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
     try:
@@ -105,15 +115,17 @@ def encode_chunks(
             embeddings = {view: np.zeros(shape, np.float16) for view in chunk.recipes}
             result = EncodedChunk(chunk, embeddings, np.zeros(shape[0], np.bool_), failures=[])
             crops, futures = None, []
+            if pending and pending[-1].result.chunk.video_id == chunk.video_id:
+                crops, pending[-1].crops = pending[-1].crops, None
             try:
-                crops = open_listed_crops(crops_root, crops_of[chunk.video_id])
+                crops = crops or open_listed_crops(crops_root, crops_of[chunk.video_id])
             except (DataError, OSError) as error:
                 result.failures.append(Failure(chunk.video_id, None, str(error)))
             else:
                 starts = range(chunk.start, chunk.stop, batch_frames)
                 futures = [pool.submit(run_batch, crops, result, s, min(s + batch_frames, chunk.stop)) for s in starts]
-            pending.append((crops, result, futures))
-            while sum(len(waiting) for _, _, waiting in pending) > 4 * workers + len(futures):
+            pending.append(_Pending(result, crops, futures))
+            while sum(len(waiting.futures) for waiting in pending) > 4 * workers + len(futures):
                 yield finish()
         while pending:
             yield finish()

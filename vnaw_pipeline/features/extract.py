@@ -6,24 +6,27 @@ were made when.
 """
 
 import json
+import socket
 import time
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from vnaw_pipeline.config import PipelineConfig, dump_config
+from vnaw_pipeline.errors import StoreError
 from vnaw_pipeline.features.backends import make_encode, one_core_per_forward, resolve_arithmetic
 from vnaw_pipeline.features.encode import Chunk, EncodedChunk, encode_chunks
 from vnaw_pipeline.features.encoder import load_encoder
-from vnaw_pipeline.features.store import FeatureStore, Unit, create_store
+from vnaw_pipeline.features.store import FeatureStore, Unit, create_store, open_store
 from vnaw_pipeline.features.views import PLAIN, view_recipes
 from vnaw_pipeline.layouts import crop_set_name
-from vnaw_pipeline.locations import Location, files_below
+from vnaw_pipeline.locations import Location, files_below, location
 from vnaw_pipeline.manifests import read_manifest
 from vnaw_pipeline.processes import agree, gather_all, meet, process_state
-from vnaw_pipeline.provenance import digest_bytes, environment, utc_now, write_json, write_text
+from vnaw_pipeline.provenance import differences, digest_bytes, environment, utc_now, write_json, write_text
 from vnaw_pipeline.stages import Failure, StageReport, progress_bar
 
 _FAILURES = "failures"
@@ -43,7 +46,8 @@ def extract_features(
     Under several processes each takes its share of the missing chunks; all return the report of the whole.
 
     Raises:
-        StoreError: the store belongs to other crops, weights or settings, or a view in it does; S3 fails for good.
+        StoreError: the store belongs to other crops, weights or settings, or a view in it does; a process does not see
+            the store of the others; S3 fails for good.
         ConfigError, CheckpointError: the encoder cannot be built, its weights not be read, or its backend is not there.
         ProcessError: processes that differ in program, config, manifest or weights.
     """
@@ -68,7 +72,7 @@ def extract_features(
             store.add_video(video_id, num_frames, views)
         write_text(store.path / "config.yaml", dump_config(config))
     meet()
-    store = create_store(store_path, fingerprint, encoder.embedding_dim, recipes)
+    store = _open_made(store_path, fingerprint, list(videos.video_id), views)
     crops_of = dict(zip(videos.video_id, videos.crops, strict=True))
     chunks = _chunks_to_do(store, list(crops_of), views)
     total = sum(len(store.units(video_id)) for video_id in crops_of) * len(views)
@@ -111,6 +115,28 @@ def extract_features(
         }
         write_json(store.path / "record.json", made)
     return report
+
+
+def _open_made(
+    store_path: str | Location, fingerprint: Mapping[str, Any], video_ids: list[str], views: tuple[str, ...]
+) -> FeatureStore:
+    """Open the store that the main process has made room in. No process makes one of its own: where the place is not
+    shared, that would be a stray one on each machine.
+
+    Raises:
+        StoreError: this process sees another store there, or none.
+    """
+    path = location(store_path)
+    if (path / "zarr.json").is_file():
+        store = open_store(path, read_only=False)
+        has_all = all(store.has_video(video_id, view) for view in views for video_id in video_ids)
+        if has_all and not differences(store.fingerprint, fingerprint):
+            return store
+    state = process_state()
+    raise StoreError(
+        f"Process {state.process_index} of {state.num_processes} on {socket.gethostname()} does not see the store that "
+        f"process 0 made at {path}. Give a folder on a file system that all processes share, or s3://bucket/folder."
+    )
 
 
 def share_of(chunks: list[Chunk], process_index: int, num_processes: int) -> list[Chunk]:

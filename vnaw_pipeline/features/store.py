@@ -240,8 +240,11 @@ class FeatureStore:
         return sorted(self._arrays_of(PLAIN))
 
     def remove_partial_files(self) -> None:
-        """Remove what a killed run left of objects that it was writing. Not while another run writes into the store."""
-        for name in files_below(self.path):
+        """Remove what a killed run left of files that it was writing. Not while another run writes into the store.
+
+        On S3, where an object is there whole or not at all, there is nothing to look for.
+        """
+        for name in files_below(self.path) if isinstance(self.path, Path) else ():
             if is_partial(name):
                 (self.path / name).unlink(missing_ok=True)
 

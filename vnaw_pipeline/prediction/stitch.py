@@ -10,9 +10,10 @@ from torch import Tensor
 
 from vnaw_pipeline.config import PredictConfig, WindowConfig
 from vnaw_pipeline.features.bank import FeatureBank
+from vnaw_pipeline.processes import put
 from vnaw_pipeline.stages import Bar
 from vnaw_pipeline.tasks import Task, output_columns
-from vnaw_pipeline.windows.batches import gather_windows, put
+from vnaw_pipeline.windows.batches import gather_windows
 from vnaw_pipeline.windows.plan import plan_windows, window_rows
 
 Forward = Callable[[Tensor, Tensor], Tensor]

@@ -45,20 +45,15 @@ def write_submission(predictions: pd.DataFrame, template: Path, out: Path, task:
     lines = [asked.header, *(f"{image},{answer}" for image, answer in zip(images, answers, strict=True))]
     with atomic_path(out) as partial:
         partial.write_bytes(("\n".join(lines) + "\n").encode())
-        _verify(partial, asked, task)
-    return len(answers)
+        return verify_submission(partial, asked, task)
 
 
-def verify_submission(path: Path, template: Path, task: Task) -> int:
-    """Check that a submission answers its template line for line with what the task allows; the number of lines.
+def verify_submission(path: Path, asked: Template, task: Task) -> int:
+    """Check that a submission answers a template line for line with what the task allows; the number of lines.
 
     Raises:
         DataError: the first line that differs, and what was expected there.
     """
-    return _verify(path, read_template(template, task), task)
-
-
-def _verify(path: Path, asked: Template, task: Task) -> int:
     lines = path.read_bytes().decode().split("\n")
     if lines[0] != asked.header:
         raise DataError(f"{path}:1: the header is {lines[0]!r}; the template has {asked.header!r}.")

@@ -29,7 +29,7 @@ from vnaw_pipeline.features.encoder import (
 )
 from vnaw_pipeline.losses.images import distillation_loss
 from vnaw_pipeline.metrics import face_scores
-from vnaw_pipeline.processes import gather_all, process_state
+from vnaw_pipeline.processes import gather_all, process_state, put
 from vnaw_pipeline.stages import Failure, StageReport
 from vnaw_pipeline.tasks import EXPRESSIONS, TASKS, Split
 from vnaw_pipeline.training.images import (
@@ -44,7 +44,6 @@ from vnaw_pipeline.training.images import (
     vary_images,
 )
 from vnaw_pipeline.training.loop import SCORE, Recipe, begin_run, fit, seed_of
-from vnaw_pipeline.windows.batches import put
 from vnaw_pipeline.windows.plan import balanced_weights, draw_by_weight
 
 _SECTIONS = {"seed", "encoder", "pretrain"}

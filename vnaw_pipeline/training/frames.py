@@ -34,7 +34,7 @@ from vnaw_pipeline.losses.joint import annotated
 from vnaw_pipeline.losses.units import units_loss
 from vnaw_pipeline.manifests import read_labels, read_manifest
 from vnaw_pipeline.metrics import expression_scores, score_predictions
-from vnaw_pipeline.processes import gather_all, process_state
+from vnaw_pipeline.processes import gather_all, process_state, put
 from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.stages import Failure, StageReport
 from vnaw_pipeline.tasks import ACTION_UNITS, IGNORE_LABEL, TASKS, Task, TaskName, output_columns
@@ -50,7 +50,6 @@ from vnaw_pipeline.training.images import (
     vary_images,
 )
 from vnaw_pipeline.training.loop import SCORE, Recipe, begin_run, fit, seed_of
-from vnaw_pipeline.windows.batches import put
 from vnaw_pipeline.windows.plan import balanced_weights, draw_by_weight
 
 _SECTIONS = {"task", "seed", "encoder", "finetune"}
