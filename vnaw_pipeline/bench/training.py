@@ -34,12 +34,12 @@ from vnaw_pipeline.features.encoder import build_encoder
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.features.views import PLAIN
 from vnaw_pipeline.prediction.predict import predict_videos
-from vnaw_pipeline.processes import keep_freed_memory, process_state
+from vnaw_pipeline.processes import keep_freed_memory, process_state, put
 from vnaw_pipeline.tasks import IGNORE_LABEL
 from vnaw_pipeline.temporal import TemporalModel
 from vnaw_pipeline.training.labels import LabelledBank
 from vnaw_pipeline.training.windows import Drawing, gather_draw, train_windows
-from vnaw_pipeline.windows.batches import WindowBatch, put
+from vnaw_pipeline.windows.batches import WindowBatch
 from vnaw_pipeline.windows.plan import WindowPlan, plan_windows, window_rows
 
 _WINDOWS = WindowConfig()

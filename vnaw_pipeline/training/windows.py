@@ -29,7 +29,7 @@ from vnaw_pipeline.manifests import read_manifest
 from vnaw_pipeline.metrics import score_predictions
 from vnaw_pipeline.prediction.predict import finish_probabilities
 from vnaw_pipeline.prediction.stitch import stitch_predictions
-from vnaw_pipeline.processes import agree, process_state, sum_over_processes
+from vnaw_pipeline.processes import agree, process_state, put, sum_over_processes
 from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.stages import StageReport
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, TaskName, output_columns
@@ -44,7 +44,7 @@ from vnaw_pipeline.windows.augment import (
     mask_input,
     skip_frames,
 )
-from vnaw_pipeline.windows.batches import WindowBatch, gather_view, gather_windows, put
+from vnaw_pipeline.windows.batches import WindowBatch, gather_view, gather_windows
 from vnaw_pipeline.windows.plan import (
     WindowPlan,
     balanced_weights,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vnaw_pipeline.features.bank import FeatureBank
 from vnaw_pipeline.features.views import PLAIN
+from vnaw_pipeline.processes import put
 from vnaw_pipeline.tasks import TaskName
 from vnaw_pipeline.windows.plan import of_rows
 
@@ -66,8 +67,3 @@ def gather_view(bank: FeatureBank, view: str, rows: Tensor) -> Tensor:
         host = torch.empty(rows.numel(), bank.embedding_dim, dtype=table.dtype, pin_memory=True)
         found = torch.index_select(table, 0, rows.flatten(), out=host).to(bank.device, non_blocking=True)
     return found.view(*rows.shape, bank.embedding_dim)
-
-
-def put(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, copied while the host goes on."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
