@@ -4,6 +4,7 @@ import io
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -185,6 +186,15 @@ def test_joined_sets_keep_their_order() -> None:
     assert joined.single.tolist() == [1, 2, 3, 4, 5, 6]
     assert joined.votes.tolist() == VOTED[:6]
     assert [int(joined.image(index)[0, 0, 0]) for index in range(6)] == [10, 11, 20, 30, 31, 32]
+
+
+def test_a_digest_is_of_names_and_labels_and_not_of_pictures() -> None:
+    """Weights that ship record the digest of their faces, so it stays what it is."""
+    faces, recorded = set_of(VOTED), "aba551eff9c59d83"
+    assert faces.digest() == recorded
+    assert replace(faces, image=lambda index: np.zeros((2, 2, 3), np.uint8)).digest() == recorded
+    for other in (set_of(VOTED, tag=1), set_of(VOTED[::-1]), set_of(VOTED, [0] * len(VOTED))):
+        assert other.digest() != recorded
 
 
 # --- FERPlus ---

@@ -59,7 +59,7 @@ class FaceSet:
         return np.asarray(chosen * used[:, None], dtype=np.float32)
 
     def digest(self) -> str:
-        """What tells this set of faces and labels from another."""
+        """Of the names, votes and labels of the faces, in order; not of their pictures."""
         return digest_bytes("\n".join(self.names).encode(), self.votes.tobytes(), self.single.tobytes())
 
 
