@@ -152,3 +152,11 @@ def test_a_kill_loses_at_most_the_chunk_in_hand(tmp_path: Path, seconds: float) 
         assert (store.embeddings(video_id) == expected).all()
         assert store.valid(video_id).all()
     shutil.rmtree(tmp_path / "s")
+
+
+def test_dropouts_that_earlier_versions_recorded_do_not_count(tmp_path: Path) -> None:
+    made = {"encoder": "swin", "model_args": {"drop_path_rate": 0.3, "img_size": 112}}
+    create_store(tmp_path / "s", made, 4)
+    assert create_store(tmp_path / "s", {"encoder": "swin", "model_args": {"img_size": 112}}, 4).embedding_dim == 4
+    with pytest.raises(StoreError, match=r"model_args: found .*112.*, wanted .*96"):
+        create_store(tmp_path / "s", {"encoder": "swin", "model_args": {"img_size": 96}}, 4)

@@ -13,6 +13,7 @@ from torch import nn
 from vnaw_pipeline.checkpoints import load_tensors, read_header
 from vnaw_pipeline.config import PipelineConfig, dump_config, load_config
 from vnaw_pipeline.errors import CheckpointError, DataError
+from vnaw_pipeline.features.fingerprints import feature_differences
 from vnaw_pipeline.features.store import FeatureStore, what_to_set
 from vnaw_pipeline.locations import Location, location
 from vnaw_pipeline.provenance import differences, environment, flat, utc_now, write_json, write_text
@@ -139,7 +140,7 @@ class Run:
 
     def require_features(self, store: FeatureStore) -> None:
         """Raise CheckpointError unless the store was made as the one that the run was trained on."""
-        if unlike := differences(store.fingerprint, self.header["features"]):
+        if unlike := feature_differences(store.fingerprint, self.header["features"]):
             raise CheckpointError(
                 f"{self.folder.path} was trained on other features than {store.path} holds (found in the store, wanted "
                 f"by the run): {'; '.join(unlike)}. "

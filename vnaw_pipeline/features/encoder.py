@@ -26,12 +26,11 @@ from vnaw_pipeline.config import EncoderConfig
 from vnaw_pipeline.crops.video import Rgb
 from vnaw_pipeline.errors import CheckpointError, ConfigError, listing
 from vnaw_pipeline.features import hybrid  # noqa: F401 -- timm knows its model from here on
+from vnaw_pipeline.features.fingerprints import lasting_args
 from vnaw_pipeline.provenance import differences, digest_bytes
 
 _LOG = logging.getLogger(__name__)
 WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
-_TRAINING_ARGS = ("drop_rate", "drop_path_rate")
-"""Of a model's arguments, those that act in training only: neither weights nor embeddings depend on them."""
 _LUMA = (0.299, 0.587, 0.114)
 _CV2_INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 
@@ -141,11 +140,6 @@ class Encoder:
             **({"learnt_from": list(self.learnt_from)} if self.learnt_from else {}),
             **self.preprocessing.recorded(),
         }
-
-
-def lasting_args(model_args: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's arguments without those that act in training only."""
-    return {key: value for key, value in model_args.items() if key not in _TRAINING_ARGS}
 
 
 def create_model(config: EncoderConfig, num_classes: int, seed: int = 0) -> nn.Module:

@@ -25,6 +25,7 @@ from zarr.errors import ZarrUserWarning
 from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
 from vnaw_pipeline.errors import StoreError
+from vnaw_pipeline.features.fingerprints import feature_differences
 from vnaw_pipeline.features.views import PLAIN, Recipe
 from vnaw_pipeline.locations import Location, files_below, location, reach
 from vnaw_pipeline.provenance import differences, is_partial, write_bytes
@@ -326,7 +327,7 @@ def create_store(
             f"The features in {path} were made by `vnaw {found_by}`; `vnaw {wanted_by}` does not add to them. "
             "Give a new folder."
         )
-    if unlike := differences(store.fingerprint, fingerprint):
+    if unlike := feature_differences(store.fingerprint, fingerprint):
         raise StoreError(
             f"The features in {path} were made in another way: {'; '.join(unlike)}. "
             f"Make a new store, or use what made this one.{what_to_set(store.fingerprint, fingerprint)}"

@@ -27,11 +27,11 @@ from vnaw_pipeline.crops.source import decode_crop
 from vnaw_pipeline.crops.video import Frame, Rgb
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
 from vnaw_pipeline.features.backends import Encode, make_encode, one_core_per_forward, resolve_arithmetic
-from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, lasting_args, load_encoder
+from vnaw_pipeline.features.encoder import Encoder, encoder_of_weights, load_encoder
+from vnaw_pipeline.features.fingerprints import feature_differences
 from vnaw_pipeline.features.store import IMPORTED
 from vnaw_pipeline.inference.people import Colours, PeopleTracker, colours_of, contrast_of_people, is_cut, thumbnail
 from vnaw_pipeline.processes import process_state
-from vnaw_pipeline.provenance import differences
 from vnaw_pipeline.runs import Run
 from vnaw_pipeline.stages import usable_cores
 
@@ -190,8 +190,7 @@ def _check_features(run: Run, encoder: Encoder, crop_set: str) -> None:
             f"{run.folder.path} was trained on features that `vnaw import` took over, and no encoder here makes them. "
             "Give a run that was trained on features of `vnaw extract`."
         )
-    trained = {**trained, "model_args": lasting_args(trained["model_args"])}  # earlier stores recorded all of them
-    if unlike := differences({**trained, **encoder.fingerprint()}, trained):
+    if unlike := feature_differences({**trained, **encoder.fingerprint()}, trained):
         raise CheckpointError(
             f"{run.folder.path} was trained on the features of another encoder (found here, wanted by the run): "
             f"{'; '.join(unlike)}. Name the run's encoder with --encoder."
