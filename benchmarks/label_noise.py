@@ -52,7 +52,7 @@ CEILING, GOLD, BIAS = "majority labels", ", gold correction", ", logit bias"
 JOINED = "cross-entropy, the trusted faces learnt too"
 BASELINES = ("cross-entropy", "NLA (NAW + consistency)")
 NLA = {"weighting": "naw", "lam_a": 0.0, "consistency": 0.4}
-"""As its paper has it: w times cross-entropy, and consistency."""
+"""As its public code has it: w times cross-entropy, and consistency."""
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "cross-entropy": {},

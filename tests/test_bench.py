@@ -18,7 +18,7 @@ from vnaw_pipeline.bench.encoding import centred_cosine
 from vnaw_pipeline.bench.figure import Figure, Goal, markdown_table
 from vnaw_pipeline.bench.measure import of_turns, peak_memory_of
 from vnaw_pipeline.bench.run import MEASUREMENTS, run_bench
-from vnaw_pipeline.bench.size import QUICK, TINY_ENCODER, Size
+from vnaw_pipeline.bench.size import FULL, QUICK, TINY_ENCODER, Size
 from vnaw_pipeline.cli import app
 from vnaw_pipeline.config import TemporalConfig
 from vnaw_pipeline.errors import ConfigError, DataError
@@ -169,3 +169,10 @@ def _test_list(folder: Path, videos: list) -> Path:
     path = folder / "list.txt"
     path.write_text("".join(f"{video.video_id}\n" for video in videos if video.split == "test"))
     return path
+
+
+def test_a_size_of_other_videos_needs_room_for_them() -> None:
+    large = FULL.of_videos(2 * FULL_VIDEOS)
+    assert large.disk_bytes == 2 * FULL.disk_bytes
+    assert large.scale_videos[-1] == large.prediction_videos == 2 * FULL_VIDEOS
+    assert sorted(set(QUICK.of_videos(30).scale_videos)) == [3, 5, 30]

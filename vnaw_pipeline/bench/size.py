@@ -64,6 +64,7 @@ class Size:
         """With so many videos, 30 or more, in what grows with the data."""
         return replace(
             self,
+            disk_bytes=FULL.disk_bytes * count // FULL.scale_videos[-1],
             bank_videos=count // 5,
             prediction_videos=count,
             scale_videos=(max(3, count // 100), count // 10 + 2, count),

@@ -86,6 +86,6 @@ def _joined(step: int, size_in: int, size_out: int, stride: int, padding: int) -
     offset = step - padding
     start = max(0, -(offset // stride))
     stop = max(start, min(size_out, (size_in - 1 - offset) // stride + 1))
-    return slice(start * stride + offset, stop * stride + offset, stride) if stop > start else slice(0), slice(
-        start, stop
-    )
+    if start == stop:  # where a slice that began before the first place would count from the last
+        return slice(0), slice(0)
+    return slice(start * stride + offset, stop * stride + offset, stride), slice(start, stop)

@@ -62,8 +62,8 @@ class LabelObjective:
             memory=rows,
             transition=self.transition,
         )
-        for of_mirrored in mirrored:
-            divergence = jensen_shannon(logits, of_mirrored[:, : logits.shape[1]])
+        if self.config.consistency:
+            divergence = jensen_shannon(logits, mirrored[0][:, : logits.shape[1]])
             divergence = torch.where(batch.targets.sum(dim=1) > 0, divergence, 0).sum()
             total = (1 - self.config.consistency) * total + self.config.consistency * divergence
         return total, count, outputs
