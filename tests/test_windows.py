@@ -10,7 +10,14 @@ from vnaw_pipeline.features.bank import FeatureBank
 from vnaw_pipeline.prediction.stitch import stitch_predictions
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS
 from vnaw_pipeline.windows import plan as planning
-from vnaw_pipeline.windows.augment import channel_mask, draw_mask_words, erase_channels, mask_input, skip_frames
+from vnaw_pipeline.windows.augment import (
+    MaskWords,
+    channel_mask,
+    draw_mask_words,
+    erase_channels,
+    mask_input,
+    skip_frames,
+)
 from vnaw_pipeline.windows.batches import gather_windows
 from vnaw_pipeline.windows.plan import (
     balanced_weights,
@@ -215,8 +222,8 @@ def test_masks_do_not_depend_on_how_a_step_is_split(seed: int, cut: int) -> None
     masking = MaskingConfig(mode="elements")
     words = draw_mask_words(7, 5, 4, torch.Generator().manual_seed(seed))
     parts = [
-        mask_input(torch.ones(len(part), 5, 4).half(), words.select(part), masking)
-        for part in torch.arange(7).split([cut, 7 - cut])
+        mask_input(torch.ones(len(frames), 5, 4).half(), MaskWords(frames, channels), masking)
+        for frames, channels in zip(*(of.split([cut, 7 - cut]) for of in words), strict=True)
     ]
     assert torch.equal(torch.cat(parts), mask_input(torch.ones(7, 5, 4).half(), words, masking))
 

@@ -324,10 +324,9 @@ class Drawing:
         """That of windows in a row, by their places (B,) in the step."""
         low, high = int(part[0]) // _BLOCK_WINDOWS, int(part[-1]) // _BLOCK_WINDOWS
         keep, view, words = zip(*map(block, range(low, high + 1)), strict=True)
-        inside = part - low * _BLOCK_WINDOWS
-        views = list(chain(*view))[int(inside[0]) : int(inside[-1]) + 1]
-        of_blocks = MaskWords(*(torch.cat(of) for of in zip(*words, strict=True)))
-        return torch.cat(keep)[inside], views, of_blocks.select(inside)
+        inside = slice(int(part[0]) - low * _BLOCK_WINDOWS, int(part[-1]) - low * _BLOCK_WINDOWS + 1)
+        of_words = MaskWords(*(torch.cat(of)[inside] for of in zip(*words, strict=True)))
+        return torch.cat(keep)[inside], list(chain(*view))[inside], of_words
 
     def _block(self, count: int, of_first: torch.Generator, seeds: tuple[int, int, int], number: int) -> _Augmentation:
         """That of a block of a step's `count` windows; the first goes on in the generator of the frames."""

@@ -56,8 +56,9 @@ def draw_kept(labelled: Tensor, inside: Tensor, share: tuple[float, float], gene
     skipped_share = low + (high - low) * torch.rand(len(inside), 1, generator=generator)
     chance = torch.rand(inside.shape, generator=generator)
     keep = (chance >= skipped_share) & inside
-    lost_all = labelled.any(dim=1) & ~(keep & labelled).any(dim=1)
+    lost_all = ~(keep & labelled).any(dim=1)
     if lost_all.any():  # seldom
+        lost_all &= labelled.any(dim=1)
         best = torch.where(labelled[lost_all], chance[lost_all], -1.0).argmax(dim=1)
         keep[lost_all, best] = True
     return keep
@@ -120,10 +121,6 @@ class MaskWords(NamedTuple):
 
     frames: Tensor
     channels: Tensor
-
-    def select(self, windows: Tensor) -> "MaskWords":
-        """Those of some of the windows, by index (B,)."""
-        return MaskWords(self.frames[windows], self.channels[windows])
 
 
 def draw_mask_words(num_windows: int, num_frames: int, width: int, generator: torch.Generator) -> MaskWords:
