@@ -63,6 +63,8 @@ def test_what_names_no_place_is_refused() -> None:
             location(where)
     for where in ("runs/x", "/runs/x", "C:/runs", "s3", "."):
         assert location(where) == Path(where)
+    with pytest.raises(ConfigError, match=r"'s3://bucket/a.{2}b' cannot be used: it has control characters"):
+        location("s3://bucket/a\nb")
 
 
 def test_files_are_written_read_listed_and_removed(place: Location) -> None:

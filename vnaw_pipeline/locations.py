@@ -92,7 +92,8 @@ def location(where: str | Location) -> Location:
     """The place that a user names: `s3://bucket/key`, or a path.
 
     Raises:
-        ConfigError: another scheme, no bucket, or `.` or `..` on S3, where no folder is above another.
+        ConfigError: another scheme, no bucket, control characters, or `.` or `..` on S3, where no folder is above
+            another.
     """
     if isinstance(where, S3Path):
         return where
@@ -102,6 +103,8 @@ def location(where: str | Location) -> Location:
     bucket, *folders = [part for part in rest.split("/") if part] or [""]
     if scheme.lower() != "s3" or not bucket:
         raise ConfigError(f"{where} cannot be used: expected a path, or s3://bucket/folder.")
+    if any(ord(character) < ord(" ") for character in rest):
+        raise ConfigError(f"{str(where)!r} cannot be used: it has control characters.")
     if {".", ".."} & {bucket, *folders}:
         raise ConfigError(f"{where} cannot be used: '.' and '..' name no folder on S3. Write the whole name.")
     return S3Path(bucket, "/".join(folders))
