@@ -14,7 +14,7 @@ QUICK = "import datetime, vnaw_pipeline.processes as p; p._SILENCE = datetime.ti
 SLOW_WRITES = """
 import time, vnaw_pipeline.features.extract as e
 keep = e._keep
-e._keep = lambda store, result: (keep(store, result), time.sleep(0.4))
+e._keep = lambda *arguments: (keep(*arguments), time.sleep(0.4))
 """
 """Code for `start`: extraction takes long enough to be killed in the middle."""
 

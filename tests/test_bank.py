@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -20,7 +21,7 @@ from vnaw_pipeline.features.store import CHUNK_FRAMES, create_store
 from vnaw_pipeline.prediction.predict import predict_videos
 from vnaw_pipeline.processes import cgroup_room, memory_share
 from vnaw_pipeline.stages import usable_cores
-from vnaw_pipeline.training.windows import train_windows
+from vnaw_pipeline.training.windows import _compile, train_windows
 
 from .conftest import DrawnData
 from .test_store import FINGERPRINT, fill
@@ -72,6 +73,10 @@ def test_a_mapped_bank_equals_the_one_in_memory_and_leaves_no_file(
     assert list((tmp_path / "scratch").iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
     with pytest.raises(StoreError, match="Set TMPDIR to a folder"):
+        open_bank(store, shown=False, place="mapped")
+    memory = SimpleNamespace(mountpoint=str(tmp_path / "scratch"), fstype="tmpfs")
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [SimpleNamespace(mountpoint="/", fstype="ext4"), memory])
+    with pytest.raises(StoreError, match=r"scratch, whose files lie in memory \(tmpfs\)\. Set TMPDIR"):
         open_bank(store, shown=False, place="mapped")
 
 
@@ -229,6 +234,9 @@ def test_a_compiled_model_has_the_same_losses(
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match="there is no g"):
         train(drawn, drawn_store, tmp_path / "none", config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"there is no gcc or clang.*in CC"):
+        _compile(torch.nn.Identity())
     monkeypatch.undo()
     train(drawn, drawn_store, tmp_path / "plain", plain)
     torch._dynamo.utils.counters.clear()

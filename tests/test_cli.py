@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from vnaw_pipeline.cli import app, main
@@ -295,3 +296,14 @@ def test_main_is_what_the_script_runs(capsys: pytest.CaptureFixture[str], monkey
         main()
     assert caught.value.code == 0
     assert "extract" in capsys.readouterr().out
+
+
+def test_a_full_gpu_is_one_message(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("vnaw_pipeline.cli.app", full)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert "memory is full: CUDA out of memory. Put less there at once" in capsys.readouterr().err

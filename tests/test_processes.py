@@ -1,5 +1,6 @@
 """Several processes: they agree before they write, none outlives another for long, and a rerun does what is missing."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -187,3 +188,20 @@ def test_a_terminated_command_says_that_it_can_go_on() -> None:
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 128 + signal.SIGTERM
     assert "run the same command again to finish" in ended.stderr
+
+
+def test_a_process_that_cannot_know_its_gpu_does_not_become_a_run_of_its_own() -> None:
+    code = (
+        "import torch; torch.cuda.is_available = lambda: True; import vnaw_pipeline.processes as p; p.process_state()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    finished = subprocess.run(
+        [sys.executable, "-c", f"{code}; process_state()"],
+        cwd=ROOT,
+        env={**environment, "RANK": "2", "WORLD_SIZE": "4"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Process 2 of 4" in finished.stderr
+    assert "Start it with LOCAL_RANK set too" in finished.stderr

@@ -249,6 +249,18 @@ def test_a_server_that_dies_loses_nothing_that_is_written(
     assert contents(s3 / "s") == contents(tmp_path / "s")
 
 
+def test_extraction_needs_no_right_to_delete(
+    proxy: Callable[[Callable[[int, str, str], Fault | None]], FlakyProxy],
+    s3: S3Path,
+    drawn: DrawnData,
+    tiny_config: PipelineConfig,
+) -> None:
+    """Where nothing failed before, there is nothing to delete either."""
+    before = proxy(lambda _, method, path: "403" if method == "DELETE" or "?delete" in path else None)
+    assert extract_features(drawn.manifest, drawn.crops, s3 / "s", tiny_config).ok
+    assert "403" not in before.served
+
+
 def test_a_server_that_is_gone_is_one_line_in_bounded_time(
     use_s3: Callable[[int], None], impatient: None, drawn: DrawnData, tiny_config: PipelineConfig
 ) -> None:

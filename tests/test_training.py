@@ -676,3 +676,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     runs = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(4))
     # Without it always 31,250 pages, or 62 large ones; with it now and then, where the heap cannot grow in one piece.
     assert min(int(run.stdout) for run in runs) < 20
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
+    """Both the file that is to become the checkpoint and the one that safetensors fills first."""
+    folder = RunFolder(tmp_path)
+    folder.begin(PipelineConfig(), {"seed"}, overwrite=False)
+    (tmp_path / "checkpoint").mkdir()
+    for name in (".last.0.partial.safetensors", ".tmpsk6F9U"):
+        (tmp_path / "checkpoint" / name).write_bytes(b"half")
+    folder.begin(PipelineConfig(), {"seed"}, overwrite=False)
+    assert list((tmp_path / "checkpoint").iterdir()) == []

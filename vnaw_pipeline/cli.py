@@ -578,7 +578,15 @@ def main() -> None:
             err=True,
         )
         sys.exit(1)
-    except RuntimeError:
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which --help does not import
+            typer.echo(
+                f"The GPU's memory is full: {str(error).partition('. ')[0]}. Put less there at once: a larger "
+                "train.accumulation, a smaller extract.batch_frames, finetune.batch_frames, pretrain.batch_faces or "
+                "predict.batch_windows, or bank=memory. What was written so far is kept.",
+                err=True,
+            )
+            sys.exit(1)
         if "torch" in sys.modules:
             from vnaw_pipeline.processes import hear_out_heartbeat
 

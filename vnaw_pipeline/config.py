@@ -384,7 +384,8 @@ class TrainConfig(_Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Accelerate's mixed precision."""
     compile: bool = False
-    """Let torch.compile make code for this model and device first, which takes a minute or so; needs a C++ compiler."""
+    """Let torch.compile make code for this model and device first, which takes a minute or so; needs a C++ compiler
+    (on a GPU one for C)."""
     tracker: Literal["tensorboard"] | None = None
     """Experiment tracker; metrics.jsonl is written in any case."""
 

@@ -107,9 +107,11 @@ def process_state() -> PartialState:
     Without a GPU it is told so, since it otherwise takes several CPU processes for separate runs.
 
     Raises:
-        ProcessError: the others did not all join in time.
+        ProcessError: the others did not all join in time; on a GPU the starter did not set LOCAL_RANK.
     """
     global _heartbeat
+    os.environ.setdefault("TORCH_DIST_INIT_BARRIER", "1")  # NCCL alone would not wait for processes that start late
+    os.environ.setdefault("ACCELERATE_BYPASS_DEVICE_MAP", "true")  # LOCAL_RANK 3 may see its own GPU only, as cuda:0
     try:
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
         if state.num_processes > 1 and _heartbeat is None:
@@ -121,6 +123,11 @@ def process_state() -> PartialState:
             f"{_PATIENCE.total_seconds() / 60:.0f} minutes ({error}). Check that all of them started and reach each "
             "other there (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network interface to use)."
         ) from error
+    if (started := int(os.environ.get("WORLD_SIZE", "1"))) not in (1, state.num_processes):
+        raise ProcessError(
+            f"Process {os.environ.get('RANK')} of {started} on {socket.gethostname()} would be a run of its own beside "
+            "the others. Start it with LOCAL_RANK set too, its number on this machine, by which it finds its GPU."
+        )
     return state
 
 

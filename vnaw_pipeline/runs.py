@@ -85,8 +85,9 @@ class RunFolder:
                 shutil.rmtree(doomed)
             whole.rename(doomed)
             shutil.rmtree(doomed)
-        for partial in self.path.rglob(".*.partial.*"):
-            partial.unlink(missing_ok=True)
+        for pattern in (".*.partial.*", ".tmp*"):  # the second is what safetensors leaves
+            for partial in self.path.rglob(pattern):
+                partial.unlink(missing_ok=True)
         if self.config.exists() and self.last.exists():  # else nothing was learnt yet: a start that failed
             found = load_config(self.config).model_dump(mode="json", include=sections)
             if changed := differences(flat(found), flat(config.model_dump(mode="json", include=sections))):

@@ -204,6 +204,9 @@ def measure_training_memory(work: Path, size: Size) -> list[Figure]:
     paths = (work / "annotations", work / "store.zarr", work / "run")
     peak = peak_memory_of(train_windows, manifest_of(videos), *paths, config)
     frames = sum(video.num_frames for video in videos if video.split != "test")
+    if process_state().device.type == "cuda":
+        detail = f"peak of the host; the bank ({frames} frames) and the model lie on the GPU"
+        return [Figure("training memory beside bank and model, GB", peak / 1e9, Goal("at most", 1.0), detail)]
     bank_bytes = 2 * width * frames
     model = TemporalModel(width, len(TASK.outputs), size.temporal)
     model_bytes = 4 * 4 * sum(parameter.numel() for parameter in model.parameters())

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -159,6 +160,11 @@ def _allocate(place: BankPlace, shape: tuple[int, int, int], device: torch.devic
     if place == "memory":
         return torch.from_numpy(np.empty(shape, dtype=np.float16))  # NumPy asks for large pages
     folder, size = tempfile.gettempdir(), 2 * math.prod(shape)
+    if _lies_in_memory(Path(folder)):
+        raise StoreError(
+            f"The features, {size / 1e9:.3g} GB, are to be mapped from a file in {folder}, whose files lie in memory "
+            "(tmpfs). Set TMPDIR to a folder on a local disk."
+        )
     if size > (free := shutil.disk_usage(folder).free):
         raise StoreError(
             f"The features, {size / 1e9:.3g} GB, are to be mapped from a file in {folder}, where {free / 1e9:.3g} GB "
@@ -174,10 +180,16 @@ def _allocate(place: BankPlace, shape: tuple[int, int, int], device: torch.devic
                 # A mapped file that finds no room later ends the program without a word.
                 os.posix_fallocate(file.fileno(), 0, size)
         meet()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # PyTorch's own is the second
         raise StoreError(
             f"The features, {size / 1e9:.3g} GB, cannot be mapped from a file in {folder}: {error}."
         ) from error
     finally:
         path.unlink(missing_ok=True)
     return rows.view(shape)
+
+
+def _lies_in_memory(folder: Path) -> bool:
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    found = next((mounts[place] for place in (folder.resolve(), *folder.resolve().parents) if place in mounts), "")
+    return found in ("tmpfs", "ramfs")

@@ -74,7 +74,8 @@ def extract_features(
     meet()
     store = _open_made(store_path, fingerprint, list(videos.video_id), views)
     crops_of = dict(zip(videos.video_id, videos.crops, strict=True))
-    chunks = _chunks_to_do(store, list(crops_of), views)
+    failed_before = files_below(store.path / _FAILURES)
+    chunks = _chunks_to_do(store, list(crops_of), views, failed_before)
     total = sum(len(store.units(video_id)) for video_id in crops_of) * len(views)
     # No process writes before all have seen what is missing; shared file systems may show it later to some.
     agree({"missing": digest_bytes(repr([(of.video_id, of.start, *of.recipes) for of in chunks]).encode())})
@@ -88,7 +89,7 @@ def extract_features(
         batch_frames, workers = config.extract.batch_frames, max(config.extract.decode_threads, forwards)
         encode = make_encode(encoder, arithmetic, forwards, batch_frames)
         for result in encode_chunks(mine, crops_root, crops_of, encoder, encode, batch_frames, workers):
-            _keep(store, result)
+            _keep(store, result, failed_before)
             bar.advance(result.chunk.stop - result.chunk.start)
 
     frames = sum(gather_all([frames]))  # after this, every process has written its chunks
@@ -155,7 +156,9 @@ def _cost(chunk: Chunk) -> int:
     return (chunk.stop - chunk.start) * len(chunk.recipes)
 
 
-def _chunks_to_do(store: FeatureStore, video_ids: list[str], views: tuple[str, ...]) -> list[Chunk]:
+def _chunks_to_do(
+    store: FeatureStore, video_ids: list[str], views: tuple[str, ...], failed: Container[str]
+) -> list[Chunk]:
     """Chunks of which views are missing, and those with crops that could not be read the last time.
 
     Which frames are valid is decided with the plain view. So where that one has to be made, every view that the store
@@ -163,7 +166,6 @@ def _chunks_to_do(store: FeatureStore, video_ids: list[str], views: tuple[str, .
     """
     held = {view: [video_id for video_id in video_ids if store.has_video(video_id, view)] for view in store.views}
     missing = {view: set(store.missing_units(held[view], view)) for view in held}
-    failed = files_below(store.path / _FAILURES)
     chunks = []
     for unit in (unit for video_id in video_ids for unit in store.units(video_id)):
         chunk = Chunk(unit.video_id, unit.start, unit.stop, {})
@@ -194,11 +196,12 @@ def _is_done(chunk: Chunk, failures: list[Failure]) -> bool:
     return not failures or (chunk.known_valid is None and all(failure.frame_index is not None for failure in failures))
 
 
-def _keep(store: FeatureStore, result: EncodedChunk) -> None:
+def _keep(store: FeatureStore, result: EncodedChunk, failed_before: Container[str]) -> None:
     """Write a chunk. Its failures go first, so that a kill in between cannot lose them, and the plain view last, so
     that after one all are made again."""
     chunk = result.chunk
-    path = store.path / _FAILURES / _failures_name(chunk)
+    name = _failures_name(chunk)
+    path = store.path / _FAILURES / name
     if result.failures:
         write_json(path, [(failure.frame_index, failure.reason) for failure in result.failures])
         if chunk.known_valid is not None:
@@ -206,5 +209,5 @@ def _keep(store: FeatureStore, result: EncodedChunk) -> None:
     for view in sorted(result.embeddings, key=lambda view: view == PLAIN):
         unit = Unit(chunk.video_id, chunk.start, chunk.stop, view)
         store.write_unit(unit, result.embeddings[view], result.valid)
-    if not result.failures:
+    if not result.failures and name in failed_before:
         path.unlink(missing_ok=True)

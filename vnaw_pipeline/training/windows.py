@@ -353,10 +353,12 @@ def gather_draw(train: LabelledBank, draw: WindowDraw, config: PipelineConfig) -
 
 
 def _compile(model: nn.Module) -> None:
-    compiler = os.environ.get("CXX", "g++")
-    if not torch.cuda.is_available() and shutil.which(compiler) is None:
+    variable, known = ("CC", ["gcc", "clang"]) if torch.cuda.is_available() else ("CXX", ["g++"])
+    compilers = [os.environ[variable]] if variable in os.environ else known
+    if not any(map(shutil.which, compilers)):
         raise ConfigError(
-            f"train.compile needs a C++ compiler, and there is no {compiler}. Install one, or name it in CXX."
+            f"train.compile needs a compiler, and there is no {' or '.join(compilers)}. Install one, or name it in "
+            f"{variable}."
         )
     model.compile()
 
