@@ -43,7 +43,8 @@ def atomic_path(path: Location) -> Iterator[Path]:
         partial.chmod(0o666 & ~_umask())
         partial.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which
+        if error.filename is None:  # of some errors it cannot be set
+            error.filename = str(path)  # a full disk does not say which
         raise
     finally:
         partial.unlink(missing_ok=True)

@@ -82,7 +82,7 @@ def draw_timeline(
     lower.set_ylim(0, 1)
     lower.set_xlabel("frame_index" if seconds is None else "time")
     if seconds is not None:
-        lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+        lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         lower.xaxis.set_major_formatter(lambda second, _: clock_time(second))
     lower.set_ylabel("probability")
     figure.legend(*lower.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
