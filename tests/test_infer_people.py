@@ -41,7 +41,8 @@ def follow(frames: list[list[Face]], cuts: tuple[int, ...] = (), jitter: float =
         boxes = [(np.array([x, 50, x + 60, 130]) + generator.normal(0, jitter, 4)).astype(np.float32) for x, _ in faces]
         colours = [(seen + generator.normal(0, 3, seen.shape)).astype(np.float32) for _, seen in faces]
         numbers.append(tracker.update(boxes, colours, frame_index / FPS, frame_index in cuts))
-    return numbers
+    same_person = tracker.same_person()
+    return [same_person[seen].tolist() if seen else [] for seen in numbers]
 
 
 @pytest.mark.parametrize("other", [BLUE, RED], ids=["unlike", "alike"])
@@ -56,6 +57,28 @@ def test_one_hidden_while_they_cross_keeps_the_number() -> None:
     numbers = follow(frames)
     assert all(seen[0] == 0 for seen in numbers)
     assert {seen[1] for seen in numbers if len(seen) == 2} == {1}
+
+
+@pytest.mark.parametrize(("settles", "same"), [(10, True), (100, False)], ids=[".4 s", "4 s"])
+def test_who_comes_out_half_hidden_is_known_once_the_colours_settle(settles: int, same: bool) -> None:
+    shares = np.linspace(0.75, 1, settles, dtype=np.float32)
+    coming: list[list[Face]] = [[(300.0 + k, RED + share * (BLUE - RED))] for k, share in enumerate(shares)]
+    numbers = follow([[(300.0, BLUE)]] * 5 + [[]] * 20 + coming)
+    assert len({seen[0] for seen in numbers if seen}) == (1 if same else 2)
+
+
+def test_who_was_there_all_the_time_is_nobody_new() -> None:
+    """A second person comes in half-hidden, and turns out to have the colours of the first, who is still there."""
+    coming: list[list[Face]] = [[(100.0, RED), (300.0, RED + np.float32(18 - 1.5 * k))] for k in range(12)]
+    assert follow([[(100.0, RED)]] * 5 + coming)[5:] == [[0, 1]] * 12
+
+
+def test_colours_that_change_at_once_where_somebody_stays_keep_the_number() -> None:
+    darker = RED + np.float32(13)
+    assert SAME_COLOURS < difference(RED, darker) < 1.5 * SAME_COLOURS
+    assert follow([[(100.0, RED)]] * 5 + [[(100.0, darker)]] * 5) == [[0]] * 10
+    left_and_came: list[list[Face]] = [[(100.0, RED)]] * 5 + [[]] * 10 + [[(100.0, darker)]] * 30
+    assert follow(left_and_came)[-1] == [1]
 
 
 def test_the_order_of_faces_in_a_frame_does_not_matter() -> None:

