@@ -80,6 +80,22 @@ def test_variable_frame_rate_counts_frames_and_keeps_their_times(tmp_path: Path,
     np.testing.assert_allclose([frame.time_s for frame in frames], np.array(times_ms) / 1000, atol=1e-3)
 
 
+def test_pictures_that_an_avi_leaves_out_are_no_loss(tmp_path: Path) -> None:
+    """Where nothing moved, cameras and FFmpeg write empty chunks, and the header counts them."""
+    path = write_clip(tmp_path / "drops.avi", scenery(6), [0, 40, 80, 2320, 2360, 2400])
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames > 6
+    with open_video(path) as video:
+        assert len(list(video)) == 6
+        assert video.loss() is None
+
+
+def test_an_avi_that_breaks_off_is_a_loss(tmp_path: Path) -> None:
+    with open_video(cut_off(write_clip(tmp_path / "broken.avi", scenery(150)), 0.5)) as video:
+        assert len(list(video)) < 125
+        assert video.loss() is not None
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_sound_that_outlasts_the_picture_is_no_loss(tmp_path: Path, suffix: str) -> None:
     with open_video(write_clip(tmp_path / f"sound{suffix}", scenery(25), sound_s=4.0)) as video:

@@ -617,6 +617,7 @@ def test_affectnet_folder_with_the_two_official_tables(tmp_path: Path, part: str
         ("0,0,40,24", np.s_[:, :]),
         ("3,4,,", np.s_[:, :]),
         (",,,", np.s_[:, :]),
+        ("NULL,NULL,NULL,NULL", np.s_[:, :]),
         ("3,4,0,8", np.s_[:, :]),
         ("-1,-1,-1,-1", np.s_[:, :]),
     ],
@@ -630,12 +631,12 @@ def test_affectnet_face_is_cut_out_by_its_box(tmp_path: Path, box: str, wanted: 
 def test_bad_boxes_of_affectnet_are_listed_with_their_line(tmp_path: Path) -> None:
     for name in "abc":
         write_png(tmp_path / f"{name}.png", colour(3))
-    rows = [official("a.png", 2, "x,4,10,inf"), official("b.png", 2, "3,4,NULL,8"), official("c.png", 9, "x,x,x,x")]
+    rows = [official("a.png", 2, "x,4,10,inf"), official("b.png", 2, "3,4,wide,8"), official("c.png", 9, "x,x,x,x")]
     expected = "expected a number of pixels, or nothing"
     assert problems_of(write_lines(tmp_path / "mine.csv", OFFICIAL_HEADER, *rows)) == [
         f"mine.csv:2: face_x is 'x'; {expected}",
         f"mine.csv:2: face_height is 'inf'; {expected}",
-        f"mine.csv:3: face_width is 'NULL'; {expected}",
+        f"mine.csv:3: face_width is 'wide'; {expected}",
     ]
     for box in ("40,4,10,8", "13,13,89,89", "3,4,0.2,8"):
         path = write_lines(tmp_path / "mine.csv", OFFICIAL_HEADER, official("a.png", 2, box))

@@ -238,6 +238,16 @@ def test_summary_and_figure(outcome: Path) -> None:
     assert (outcome.parent / "status.csv").read_text().count("\n") == 1
 
 
+def test_a_name_that_is_long_or_of_other_letters_fits_its_figure(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = write_clip(tmp_path / f"{'表情' * 10}{'n' * 120}.mp4", scenery(3))
+    assert infer_videos([path], tmp_path / "out", PLAIN).ok
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    figure = cv2.imread(str(next((tmp_path / "out").glob("*/timeline.png"))))
+    assert figure[:, :3].min() == figure[:, -3:].min() == 255
+
+
 def decoded(path: Path) -> tuple[list[Rgb], list[float]]:
     with open_video(path) as video:
         frames = list(video)
@@ -611,8 +621,56 @@ def test_a_folder_with_a_bad_file_among_good_ones(tmp_path: Path) -> None:
     assert "shares of the work" in lines[-2]
     assert lines[-1].startswith("infer: 2 inputs done, 0 skipped, 2 with failures")
     assert {path.name for path in (tmp_path / "out" / "c").iterdir()} == {
-        *("annotated.png", "frames.csv", "frames.json", "summary.txt")
+        *("annotated.png", "frames.csv", "frames.json", "summary.txt", "record.json")
     }
+    assert "real time" in lines[-2]
+
+
+def test_a_rerun_does_what_is_missing_or_changed(tmp_path: Path) -> None:
+    """Another name, another setting, other content, a lost file, a cut-off write: each is done, the rest is skipped."""
+    folder, out = tmp_path / "media", tmp_path / "out"
+    folder.mkdir()
+    write_clip(folder / "a.mp4", carphone_frames(6))
+    still = folder / "c.jpg"
+    cv2.imwrite(str(still), carphone_frames(1)[0][..., ::-1])
+    (folder / "d.mp4").write_bytes(b"not a video")
+    counts = []
+
+    def again(config: PipelineConfig = PLAIN) -> list[str]:
+        report = infer_videos([folder], out, config)
+        assert [failure.video_id for failure in report.failures] == ["d"]
+        counts.append((report.done, report.skipped))
+        return report.notes
+
+    first = again()
+    assert [line for line in first if "shares of the work" not in line] == again()
+    assert counts == [(2, 0), (0, 2)]
+    os.utime(still)
+    again()
+    cv2.imwrite(str(still), carphone_frames(9)[8][..., ::-1])
+    (out / "a" / ".annotated.x.partial.mp4").touch()
+    again()
+    (out / "a" / "annotated.mp4").unlink()
+    again()
+    assert counts[2:] == [(0, 2), (1, 1), (1, 1)]
+    assert not list((out / "a").glob(".*"))
+    again(load_config(None, ["infer.smooth_s=0"]))
+    (out / "a" / "record.json").write_text("[]")
+    again()
+    assert counts[5:] == [(2, 0), (2, 0)]
+
+
+def test_a_rerun_says_again_what_was_lost(tmp_path: Path) -> None:
+    path = cut_off(write_clip(tmp_path / "broken.mp4", carphone_frames(40), sound_s=1.6), 0.6)
+    done, again = (infer_videos([path], tmp_path / "out", PLAIN) for _ in range(2))
+    assert again.skipped == 1
+    assert again.failures == done.failures != []
+
+
+def test_stills_have_no_speed(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "c.jpg"), carphone_frames(1)[0][..., ::-1])
+    report = infer_videos([tmp_path / "c.jpg"], tmp_path / "out", PLAIN)
+    assert report.notes[-1].startswith("shares of the work")
 
 
 BAD = {
@@ -655,8 +713,11 @@ def test_a_video_of_zero_frames(tmp_path: Path) -> None:
 
 def test_folders_and_names_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no video and no image in"):
-        infer_videos([tmp_path / "empty"], tmp_path / "out", PLAIN)
+    cv2.imwrite(str(tmp_path / "still.jpg"), scenery(1)[0])
+    report = infer_videos([tmp_path / "empty", tmp_path / "still.jpg"], tmp_path / "out", PLAIN)
+    assert report.done == 1
+    assert "no video and no image in" in report.failures[0].reason
+    shutil.rmtree(tmp_path / "out")
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         write_clip(tmp_path / folder / "same.mp4", scenery(1))

@@ -204,6 +204,24 @@ def test_every_value_changes_the_training(faces_file: Path, face_config: Pipelin
     assert torch.equal(tensors["model.head.fc.bias"], load_tensors(plain)[0]["model.head.fc.bias"])
 
 
+def test_problems_of_all_sets_are_named_together(face_config: PipelineConfig, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    np.savez(tmp_path / "c.npz", image=np.zeros(3))
+    with pytest.raises(DataError) as raised:
+        pretrain_encoder([tmp_path / "a", tmp_path / "c.npz"], [tmp_path / "b"], tmp_path / "run", face_config)
+    assert all(f"{tmp_path / name} " in str(raised.value) for name in ("a", "b", "c.npz"))
+
+
+def test_random_weights_are_said(
+    faces_file: Path, face_config: PipelineConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert face_config.encoder.weights == "untrained"
+    faces = read_faces(faces_file, "train")
+    pretrain_encoder(faces, faces, tmp_path / "run", changed(face_config, epochs=1))
+    assert "UNTRAINED" in caplog.text
+
+
 def test_a_student_is_drawn_to_its_teacher(faces_file: Path, face_config: PipelineConfig, tmp_path: Path) -> None:
     """With nothing but the teacher to learn from, the student's predictions come nearer to the teacher's."""
     faces = read_faces(faces_file, "train")

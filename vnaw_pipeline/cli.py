@@ -348,7 +348,9 @@ def evaluate(
     annotations: SomeAnnotations = None,
     run: Annotated[Path | None, typer.Option("--run-dir", help="Run folder with predictions.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Encoder with a head: a name that ships, or a file.")] = None,
-    faces: Annotated[Path | None, typer.Option(help="Set of static faces to score the encoder on.")] = None,
+    faces: Annotated[
+        Path | None, typer.Option(help="Set of static faces to score the encoder on.", exists=True)
+    ] = None,
     split: Annotated[Split, typer.Option(help="Split to score.")] = "validation",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores here too.", dir_okay=False)] = None,
     predictions: Predictions = None,

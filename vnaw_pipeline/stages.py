@@ -100,7 +100,7 @@ class StageReport:
             failed += f" (see {self.status_path})"
         parts.append(failed)
         if self.frames and self.seconds > 0:
-            parts.append(f"{self.frames} frames at {self.frames / self.seconds:,.0f} frames/s")
+            parts.append(f"{self.frames} frames at {rate_text(self.frames / self.seconds)} frames/s")
         minutes, seconds = divmod(self.seconds, 60)
         parts.append(f"{minutes:.0f} min {seconds:02.0f} s")
         return ", ".join(parts)
@@ -117,13 +117,18 @@ class StageReport:
         self.status_path = path
 
 
+def rate_text(rate: float) -> str:
+    """A rate as it is said: whole from 10 on, else with two digits."""
+    return f"{rate:,.0f}" if rate >= 9.95 else f"{rate:.2g}"
+
+
 class _RateColumn(ProgressColumn):
     """Units per second since the bar started, in the bar's own unit (`fields['unit']`)."""
 
     def render(self, task: Task) -> Text:
         rate = task.finished_speed or task.speed
         unit = task.fields["unit"]
-        return Text("" if rate is None else f"{rate:,.0f} {unit}/s", style="progress.data.speed")
+        return Text("" if rate is None else f"{rate_text(rate)} {unit}/s", style="progress.data.speed")
 
 
 class Bar:
@@ -144,7 +149,9 @@ class Bar:
         elif time.monotonic() - self._spoken >= 60:
             self._spoken = time.monotonic()
             rate = self._count / (self._spoken - self._started)
-            sys.stderr.write(f"{self._label}: {self._count}/{self._total} {self._unit}, {rate:,.0f} {self._unit}/s\n")
+            sys.stderr.write(
+                f"{self._label}: {self._count}/{self._total} {self._unit}, {rate_text(rate)} {self._unit}/s\n"
+            )
 
 
 @contextmanager

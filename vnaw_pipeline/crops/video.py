@@ -66,6 +66,10 @@ class VideoReader:
         self.fps = float(self._stream.average_rate or math.nan)
         self._duration_s = _duration_s(self._container.duration, self._stream)
         self._stored_frames = self._stream.frames
+        if self._container.format.name == "avi" and self._stored_frames and self._stream.average_rate:
+            # Its count has pictures that were left out, as the one before stays; and FFmpeg takes its duration from
+            # what is left of the file.
+            self._duration_s, self._stored_frames = self._stored_frames / self.fps, 0
         self.expected_frames = _expected_frames(self._stored_frames, self._duration_s, self.fps)
         self.start_s = (self._container.start_time or 0) / av.time_base
         self._pixel_ratio = self._stream.sample_aspect_ratio or Fraction(1)  # None or 0: the file does not say

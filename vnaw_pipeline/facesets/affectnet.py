@@ -168,8 +168,8 @@ def _cut_out(rgb: Rgb, box: _Box, path: Path) -> Rgb:
 
 
 def _to_box(path: Path, line: int, texts: Sequence[str], problems: Problems) -> _Box | None:
-    """The box in a row's four fields; None where one is empty, or where width or height are not above 0."""
-    if not texts or not all(texts):
+    """The box in a row's four fields; None where one is empty or NULL, or where width or height are not above 0."""
+    if not texts or any(text in ("", "NULL") for text in texts):
         return None
     numbers = []
     for name, text in zip(_BOX_COLUMNS, texts, strict=True):

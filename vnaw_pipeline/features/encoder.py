@@ -201,6 +201,10 @@ def build_encoder(
     state, header = load_tensors(path, allow_pickle) if path is not None else ({}, {})
     model = create_model(config, num_classes, seed).to(memory_format=torch.channels_last)  # as `normalise` gives images
     preprocessing = _preprocessing(model, config, header)
+    if config.weights == "untrained":
+        _LOG.warning(
+            "UNTRAINED encoder: %s has random weights; its embeddings say nothing about expressions.", config.name
+        )
     if path is None:
         return model, preprocessing, {}
     # Size, detail and region may be chosen anew; other channel statistics would go unnoticed and spoil everything.
@@ -240,10 +244,6 @@ def load_encoder(config: EncoderConfig, seed: int = 0, allow_pickle: bool = Fals
     Raises:
         ConfigError, CheckpointError: as `build_encoder`.
     """
-    if config.weights == "untrained":
-        _LOG.warning(
-            "UNTRAINED encoder: %s has random weights; its embeddings say nothing about expressions.", config.name
-        )
     model, preprocessing, head_state = build_encoder(config, 0, seed, allow_pickle)
     model.eval().requires_grad_(False)
     embedding = _try_forward(model, preprocessing.input_px, config)

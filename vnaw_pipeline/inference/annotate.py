@@ -28,6 +28,8 @@ _MP4_MP3_RATE = 16_000
 """Least samples a second of the MP3 sound that an MP4 takes."""
 _HOLE_S = 0.1
 """Sound that is missing for longer leaves a silence; less is rounding."""
+_LEAST_TEXT = 0.35
+"""Of OpenCV's font: what is smaller cannot be read."""
 _Sound = Iterator[tuple[float, list[Any]]]
 """Packets (of av, which cannot be named with its type) and when they begin, in seconds."""
 
@@ -57,7 +59,7 @@ def _draw_face(rgb: Rgb, place: list[int], label: str, colour: str) -> None:
     x, y, width, height = place
     line = max(1, round(max(rgb.shape[:2]) / 400))
     cv2.rectangle(rgb, (x, y), (x + width, y + height), ink, line)
-    size = max(rgb.shape[:2]) / 1300
+    size = max(max(rgb.shape[:2]) / 1300, _LEAST_TEXT)
     (text_width, text_height), below = cv2.getTextSize(label, cv2.FONT_HERSHEY_SIMPLEX, size, line)
     left = min(max(x, 0), max(0, rgb.shape[1] - text_width))
     foot = max(y - below, text_height + below)

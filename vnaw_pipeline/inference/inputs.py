@@ -30,10 +30,11 @@ def is_image(path: Path) -> bool:
 
 def find_inputs(given: Sequence[Path]) -> dict[str, Path]:
     """The files to read, in order, by the name that their results get: the stem, or the whole name where two files
-    of the same stem were given (a phone's IMG_1.JPG and IMG_1.MOV). A folder stands for the media directly in it.
+    of the same stem were given (a phone's IMG_1.JPG and IMG_1.MOV). A folder stands for the media directly in it, and
+    for itself if there are none.
 
     Raises:
-        DataError: a folder without media; two files of the same name.
+        DataError: two files of the same name.
     """
     paths: list[Path] = []
     for path in given:
@@ -45,10 +46,7 @@ def find_inputs(given: Sequence[Path]) -> dict[str, Path]:
             for file in path.iterdir()
             if file.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES and file.name[0] != "." and file.is_file()
         )
-        if not found:
-            endings = " ".join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)
-            raise DataError(f"There is no video and no image in {path} (looked for {endings}; not in its folders).")
-        paths += found
+        paths += found or [path]
     stems = Counter(path.stem for path in paths)
     names = [printable(path.stem if stems[path.stem] == 1 else path.name) for path in paths]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
@@ -57,6 +55,13 @@ def find_inputs(given: Sequence[Path]) -> dict[str, Path]:
             + listing([str(path) for name, path in zip(names, paths, strict=True) if name in twice])
         )
     return dict(zip(names, paths, strict=True))
+
+
+def require_file(path: Path) -> None:
+    """Raise DataError for a folder, which is an input only where it holds none."""
+    if path.is_dir():
+        endings = " ".join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+        raise DataError(f"There is no video and no image in {path} (looked for {endings}; not in its folders).")
 
 
 def printable(text: str) -> str:

@@ -1,12 +1,14 @@
 """The stage `infer`: any video, image or camera in; a table of frames, time lines, and an annotated copy out.
 
 Reads: media files or a camera. Writes: for each input <out>/<name>/frames.csv and frames.json, summary.txt, for a
-video timeline_person1.png ... and annotated.mp4, for an image annotated.png; <out>/status.csv (what failed). An
-annotated frame needs smoothed answers, which need frames after it: so a video is read twice, first to be analysed,
-then to be drawn on, and memory does not grow with the pixels of either. A camera's frames are kept in
-<out>/<name>/recording.mkv on the way, to be read again.
+video timeline_person1.png ... and annotated.mp4, for an image annotated.png, and last record.json, by which a rerun
+knows that it is done; <out>/status.csv (what failed). An annotated frame needs smoothed answers, which need frames
+after it: so a video is read twice, first to be analysed, then to be drawn on, and memory does not grow with the pixels
+of either. A camera's frames are kept in <out>/<name>/recording.mkv on the way, to be read again.
 """
 
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,7 @@ from datetime import datetime
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,6 +26,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from vnaw_pipeline.config import PipelineConfig, load_config
+from vnaw_pipeline.crops.extract import crop_settings
 from vnaw_pipeline.crops.video import Frame, Rgb, expected_frames, open_camera, open_video
 from vnaw_pipeline.errors import ConfigError, DataError
 from vnaw_pipeline.inference.analyse import Clock, Models, Spool, analyse, open_models
@@ -34,10 +38,19 @@ from vnaw_pipeline.inference.inputs import (
     is_image,
     printable,
     read_image,
+    require_file,
     timed,
     until_interrupted,
 )
-from vnaw_pipeline.provenance import atomic_path, write_bytes, write_text
+from vnaw_pipeline.provenance import (
+    atomic_path,
+    digest_bytes,
+    environment,
+    utc_now,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from vnaw_pipeline.report.figures import draw_timeline
 from vnaw_pipeline.runs import Run, open_run
 from vnaw_pipeline.stages import Failure, StageReport, progress_bar
@@ -45,8 +58,11 @@ from vnaw_pipeline.tasks import IGNORE_LABEL
 
 _LOG = logging.getLogger(__name__)
 _Read = Callable[[str, Path, Models, Clock, Callable[[int], None]], "_Outcome"]
+_TABLES = ("summary.txt", "frames.csv", "frames.json")
 _DRAWN = ("timeline*.png", "annotated.mp4", "annotated.png")
-"""What is drawn for an input; that of an earlier one of the same name goes."""
+_EARLIER = (*_DRAWN, ".*.partial.*")
+"""What is drawn for an input, and what a kill leaves of that; of an earlier one of the same name it goes."""
+_RECORD = "record.json"
 _TIMELINE_COLUMNS = 2000
 _JSON_ROWS = 10_000
 
@@ -101,10 +117,11 @@ def infer_videos(
     """Read the expressions of everyone in videos, images, folders of them, or from a camera, and write what is found.
 
     One bad file does not raise; it is in the report, and the others are done. A video that breaks off is kept as far
-    as it decodes and is in the report too. A camera ends with Ctrl-C.
+    as it decodes and is in the report too. A camera ends with Ctrl-C. What is done, of the same content and with the
+    same settings, is skipped.
 
     Raises:
-        DataError: a folder without media, two inputs of one name.
+        DataError: two inputs of one name.
         CheckpointError, ConfigError: as `open_models`; files and a camera together.
         OSError: the folder cannot be written to, or is full. Finished inputs stay.
     """
@@ -122,22 +139,33 @@ def infer_videos(
         read = partial(_analyse_camera, camera)
         name = f"camera{camera}_{datetime.now():%Y%m%d-%H%M%S}"
         paths[name] = out_dir / name / "recording.mkv"
-    twice = 2 * sum(
-        1 if is_image(path) else expected_frames(path) for path in paths.values()
-    )  # each frame is analysed, then drawn on
+    # Each frame is analysed, then drawn on.
+    twice = {name: 2 * (1 if is_image(path) else expected_frames(path)) for name, path in paths.items()}
     clock, video_s = Clock(), 0.0
     try:
-        with open_models(config, encoder, run, allow_pickle) as models, progress_bar("infer", twice) as bar:
+        with (
+            open_models(config, encoder, run, allow_pickle) as models,
+            progress_bar("infer", sum(twice.values())) as bar,
+        ):
+            settings = _settings(models)
             for name, path in paths.items():
+                if (record := _record_of(out_dir / name, path, settings)) is not None:
+                    report.skipped += 1
+                    report.notes += [f"{name}: {line}" for line in record["summary"]]
+                    if record["loss"] is not None:
+                        _fail(report, name, record["loss"])
+                    bar.advance(twice[name])
+                    continue
                 try:
                     outcome = read(name, path, models, clock, bar.advance)
                     lines = _write_outcome(outcome, out_dir / name, path, models, clock, bar.advance)
+                    _write_record(out_dir / name, path, settings, lines, outcome.loss)
                 except DataError as error:
                     _fail(report, name, str(error))
                     continue
                 report.done += 1
                 report.frames += outcome.num_frames
-                video_s += outcome.span_s[1] - outcome.span_s[0]
+                video_s += 0 if is_image(path) else outcome.span_s[1] - outcome.span_s[0]
                 report.notes += [f"{name}: {line}" for line in lines]
                 if outcome.loss is not None:
                     _fail(report, name, outcome.loss)
@@ -149,6 +177,45 @@ def infer_videos(
     return report
 
 
+def _settings(models: Models) -> str:
+    """Digest of everything but the input that makes the results what they are."""
+    heads = [head for head in (models.encoder.head, models.run.model if models.run else None) if head is not None]
+    tensors = [tensor.cpu().numpy().tobytes() for head in heads for tensor in head.state_dict().values()]
+    named = [
+        environment()["vnaw-pipeline"],
+        models.config.model_dump(mode="json"),
+        crop_settings(models.detector, models.config.crop),
+        models.encoder.fingerprint(),
+    ]
+    return digest_bytes(json.dumps(named).encode(), *tensors)
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _record_of(folder: Path, source: Path, settings: str) -> dict[str, Any] | None:
+    """What is recorded of an input; None unless it is done, of this content and with these settings."""
+    try:
+        record: dict[str, Any] = json.loads((folder / _RECORD).read_text())
+        done = record["settings"] == settings and all((folder / name).is_file() for name in record["files"])
+        return record if done and record["input"] == _digest_of(source) else None
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not one of ours
+        return None
+
+
+def _write_record(folder: Path, source: Path, settings: str, summary: list[str], loss: str | None) -> None:
+    files = sorted(path.name for path in chain.from_iterable(map(folder.glob, (*_TABLES, *_DRAWN))))
+    write_json(
+        folder / _RECORD,
+        {
+            **{"input": _digest_of(source), "settings": settings, "files": files},
+            **{"summary": summary, "loss": loss, "made": utc_now(), "environment": environment()},
+        },
+    )
+
+
 def _fail(report: StageReport, name: str, reason: str) -> None:
     reason = printable(reason)  # it may hold the path
     report.failures.append(Failure(name, None, reason))
@@ -156,6 +223,7 @@ def _fail(report: StageReport, name: str, reason: str) -> None:
 
 
 def _analyse_file(name: str, path: Path, models: Models, clock: Clock, advance: Callable[[int], None]) -> _Outcome:
+    require_file(path)
     if is_image(path):
         return _analyse(name, iter([Frame(0, 0.0, read_image(path))]), models, clock, advance)
     with open_video(path) as video:
@@ -194,9 +262,10 @@ def _write_outcome(
     table = outcome.table
     lines = summary_lines(table, models.config.infer.min_span_s)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _RECORD).unlink(missing_ok=True)
     write_text(folder / "summary.txt", "\n".join(lines) + "\n")
     _write_table(table, folder)
-    for earlier in chain.from_iterable(map(folder.glob, _DRAWN)):
+    for earlier in chain.from_iterable(map(folder.glob, _EARLIER)):
         earlier.unlink()
     with clock("draw"):
         draw = drawer(table)

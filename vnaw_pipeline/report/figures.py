@@ -1,10 +1,12 @@
 """Figures: a confusion matrix, and a video's time line of labels and probabilities."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -15,6 +17,7 @@ from vnaw_pipeline.tasks import IGNORE_LABEL
 # One colour a class in the order of the expressions; distinguishable with common colour blindness (Okabe and Ito).
 CLASS_COLOURS = ("#999999", "#d55e00", "#009e73", "#cc79a7", "#f0e442", "#0072b2", "#e69f00", "#56b4e9")
 _UNLABELLED_COLOUR = "#ffffff"
+_TITLE_LETTERS = 60
 
 
 def draw_confusion(path: Path, confusion: npt.NDArray[np.int64], names: Sequence[str], title: str) -> None:
@@ -38,7 +41,7 @@ def draw_confusion(path: Path, confusion: npt.NDArray[np.int64], names: Sequence
     axes.set_yticks(range(len(names)), [f"{name} ({count})" for name, count in zip(names, rows[:, 0], strict=True)])
     axes.set_xlabel("predicted, % of the row")
     axes.set_ylabel("label (frames)")
-    axes.set_title(title, parse_math=False)
+    _set_title(axes, title)
     _save(figure, path)
 
 
@@ -75,7 +78,7 @@ def draw_timeline(
     upper.set_yticks(range(len(bands)), list(bands))
     for edge in range(1, len(bands)):
         upper.axhline(edge - 0.5, color="white", linewidth=3)
-    upper.set_title(title, parse_math=False)
+    _set_title(upper, title)
     centres = np.linspace(left + half_column, right - half_column, num_frames)
     lower.stackplot(centres, probabilities.T, colors=colours, labels=list(names))
     lower.set_xlim(left, right)
@@ -96,6 +99,15 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
+def _set_title(axes: Axes, title: str) -> None:
+    """Long file names are shortened in the middle, so that they fit."""
+    if len(title) > _TITLE_LETTERS:
+        title = f"{title[: _TITLE_LETTERS // 2]}...{title[-_TITLE_LETTERS // 2 :]}"
+    axes.set_title(title, parse_math=False)
+
+
 def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as partial:
+    with atomic_path(path) as partial, warnings.catch_warnings():
+        # Letters of file names that the font does not have are drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(partial, dpi=110)

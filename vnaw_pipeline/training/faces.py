@@ -3,7 +3,7 @@
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -111,7 +111,7 @@ def pretrain_encoder(
     started = time.monotonic()
     state = process_state()
     settings = config.pretrain
-    train, validation = _opened(train, "train"), _opened(validation, "validation")
+    train, validation = _opened({"train": train, "validation": validation})
     model, preprocessing, _ = build_encoder(config.encoder, len(EXPRESSIONS), config.seed, allow_pickle)
     learnt = LabelledFaces(train, train.targets(settings.label_source), preprocessing)
     scored = LabelledFaces(validation, validation.targets("majority"), preprocessing)
@@ -188,8 +188,24 @@ def pretrain_encoder(
     return report
 
 
-def _opened(faces: FaceSet | Sequence[Path], split: Split) -> FaceSet:
-    return faces if isinstance(faces, FaceSet) else join_faces([read_faces(path, split) for path in faces])
+def _opened(given: Mapping[Split, FaceSet | Sequence[Path]]) -> Iterator[FaceSet]:
+    """The faces of each split, after the problems of all sets were named together."""
+    problems: list[str] = []
+
+    def read(path: Path, split: Split) -> list[FaceSet]:
+        try:
+            return [read_faces(path, split)]
+        except DataError as error:
+            problems.append(str(error))
+            return []
+
+    sets = [
+        [faces] if isinstance(faces, FaceSet) else [found for path in faces for found in read(path, split)]
+        for split, faces in given.items()
+    ]
+    if problems:
+        raise DataError("\n".join(dict.fromkeys(problems)))
+    return map(join_faces, sets)
 
 
 def _load_teacher(weights: Path, seed: int) -> Encoder:
