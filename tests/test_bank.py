@@ -151,6 +151,15 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
     assert memory_share() == pytest.approx(alone / 4, rel=0.2)
 
 
+@pytest.mark.skipif(not hasattr(psutil, "RLIMIT_AS"), reason="only Linux has this limit in psutil")
+def test_a_limit_of_addresses_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = psutil.Process().memory_info().vms + 10**8
+    monkeypatch.setattr(psutil.Process, "rlimit", lambda *_: (limit, limit))
+    assert memory_share() == pytest.approx(10**8, rel=0.5)
+    monkeypatch.setattr(psutil.Process, "rlimit", lambda *_: (1000, 1000))
+    assert memory_share() == 0
+
+
 WIDE = """
 import os, resource, sys
 from pathlib import Path

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vnaw_pipeline.bench.data import Video, manifest_of, write_run, write_store
+from vnaw_pipeline.checkpoints import load_tensors, save_tensors
 from vnaw_pipeline.config import PipelineConfig, PredictConfig
-from vnaw_pipeline.errors import StoreError
+from vnaw_pipeline.errors import CheckpointError, StoreError
 from vnaw_pipeline.features.bank import open_bank
 from vnaw_pipeline.prediction import predict
 from vnaw_pipeline.prediction.predict import parts_of_videos, predict_videos
@@ -71,3 +72,16 @@ def test_bf16_moves_probabilities_a_little_and_is_told_in_the_table(tmp_path: Pa
     plain, fast = (table.filter(like="p_").to_numpy() for table in tables)
     assert fast.dtype == np.float32
     assert 0 < np.abs(fast - plain).max() < 0.02  # 8 bits of mantissa, two layers
+
+
+def test_a_model_whose_answers_are_not_numbers_is_refused(tmp_path: Path) -> None:
+    videos = [Video("v0", "test", 120)]
+    config = PipelineConfig.model_validate({"temporal": {"width": 16, "layers": 1, "feed_forward": 16}})
+    store = write_store(tmp_path / "store.zarr", videos, 8)
+    run = write_run(tmp_path / "run", store, config)
+    tensors, header = load_tensors(run.best)
+    spoilt = {key: value * float("nan") if value.is_floating_point() else value for key, value in tensors.items()}
+    save_tensors(run.best, spoilt, header)
+    with pytest.raises(CheckpointError, match="not numbers"):
+        predict_videos(manifest_of(videos), store.path, run.path, "test")
+    assert not Path(str(run.predictions("test"))).exists()

@@ -204,7 +204,17 @@ def cpu_share() -> int:
 
 def memory_share() -> int:
     """How many bytes of memory this process may still take, when those of one machine share it evenly."""
-    return int(min(psutil.virtual_memory().available, cgroup_room())) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    of_machine = min(psutil.virtual_memory().available, cgroup_room())
+    return int(min(of_machine / int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _address_room()))
+
+
+def _address_room() -> float:
+    """Bytes below this process's own limit of addresses (`ulimit -v`); infinite where there is none."""
+    if not hasattr(psutil, "RLIMIT_AS"):  # not Linux
+        return math.inf
+    process = psutil.Process()
+    limit = process.rlimit(psutil.RLIMIT_AS)[0]
+    return math.inf if limit == psutil.RLIM_INFINITY else max(0, limit - process.memory_info().vms)
 
 
 def cgroup_room(root: Path = Path("/")) -> float:

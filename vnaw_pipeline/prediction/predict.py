@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vnaw_pipeline.config import PredictConfig
-from vnaw_pipeline.errors import DataError
+from vnaw_pipeline.errors import CheckpointError, DataError
 from vnaw_pipeline.features.bank import FeatureBank, open_bank
 from vnaw_pipeline.features.store import open_store
 from vnaw_pipeline.folds import fold_split
@@ -56,7 +56,7 @@ def predict_videos(
     biased, as `config` has it).
 
     Raises:
-        CheckpointError: the run was trained on other features.
+        CheckpointError: the run was trained on other features; its model's answers are not numbers.
         StoreError: videos missing from the store, or of another length there; S3 fails for good.
         DataError: the manifest has no video in this split, or the run has learnt from one of them.
         ProcessError: processes that differ in program, config, manifest, model or features.
@@ -99,6 +99,8 @@ def predict_videos(
             bar=bar,
         )
         raw = stitched.cpu().numpy()
+        if not np.isfinite(raw).all():
+            raise CheckpointError(f"{run.folder.best} gives answers that are not numbers. Train it again.")
         if not state.is_main_process:  # writes nothing, and need not keep it; a slice would
             return np.empty_like(raw[:0]), np.empty_like(raw[:0]), torch.empty(0, dtype=torch.bool)
         return raw, finish_probabilities(raw, bank, without_any, config, run.config.tasks), bank.valid[:-1].cpu()
