@@ -56,7 +56,7 @@ def measure_extraction(work: Path, size: Size) -> list[Figure]:
     with fast_encode(config) as encode:
         encode(batches[:2])
     pairs = []
-    for _ in range(size.repeats):
+    for _ in range(min(size.repeats, 3)):
         with fast_encode(config) as encode:
             bare = seconds(lambda: encode(batches))
         pairs.append((bare, extract()))

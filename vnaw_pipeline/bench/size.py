@@ -74,7 +74,7 @@ class Size:
 FULL = Size(
     repeats=5,
     disk_bytes=9_000_000_000,
-    extraction_frames=4096,
+    extraction_frames=2048,
     eager_frames=128,
     drawn_epochs=10,
     bank_videos=110,
