@@ -238,6 +238,8 @@ class FeatureStore:
 
     def video_ids(self) -> list[str]:
         """All videos that have a place in the store, sorted."""
+        if isinstance(self.path, Path):  # to open hundreds of arrays takes as long as to read a quarter of them
+            return sorted(metadata.parent.name for metadata in (self.path / PLAIN).glob("*/zarr.json"))
         return sorted(self._arrays_of(PLAIN))
 
     def remove_partial_files(self) -> None:
