@@ -463,7 +463,7 @@ def test_frames_that_are_nobodys_have_rows_too(tmp_path: Path) -> None:
 
 def test_return_time_is_a_choice(tmp_path: Path) -> None:
     (dark,) = people(1)
-    frames = [scene([(dark, 100)])] * 4 + [scene([])] * 10 + [scene([(dark, 100)])] * 4
+    frames = [scene([(dark, 100)])] * 6 + [scene([])] * 10 + [scene([(dark, 100)])] * 6
     path = write_clip(tmp_path / "back.mp4", frames)
     assert infer_video(path).person.max() == 1
     assert infer_video(path, config=load_config(None, ["infer.return_s=0.2"])).person.max() == 2
@@ -652,12 +652,14 @@ def test_a_rerun_does_what_is_missing_or_changed(tmp_path: Path) -> None:
     again()
     (out / "a" / "annotated.mp4").unlink()
     again()
-    assert counts[2:] == [(0, 2), (1, 1), (1, 1)]
+    (out / "a" / "frames.csv").write_text("")
+    again()
+    assert counts[2:] == [(0, 2), (1, 1), (1, 1), (1, 1)]
     assert not list((out / "a").glob(".*"))
     again(load_config(None, ["infer.smooth_s=0"]))
     (out / "a" / "record.json").write_text("[]")
     again()
-    assert counts[5:] == [(2, 0), (2, 0)]
+    assert counts[6:] == [(2, 0), (2, 0)]
 
 
 def test_a_rerun_says_again_what_was_lost(tmp_path: Path) -> None:
@@ -665,6 +667,16 @@ def test_a_rerun_says_again_what_was_lost(tmp_path: Path) -> None:
     done, again = (infer_videos([path], tmp_path / "out", PLAIN) for _ in range(2))
     assert again.skipped == 1
     assert again.failures == done.failures != []
+
+
+def test_a_file_where_results_of_one_input_belong_stops_that_one_alone(tmp_path: Path) -> None:
+    for name in "ab":
+        cv2.imwrite(str(tmp_path / f"{name}.png"), scenery(1)[0])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").touch()
+    report = infer_videos([tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "out", PLAIN)
+    assert report.done == 1
+    assert "is a file" in report.failures[0].reason
 
 
 def test_stills_have_no_speed(tmp_path: Path) -> None:

@@ -573,7 +573,7 @@ def main() -> None:
         typer.echo(str(error), err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
+        where = f" {str(error.filename).removeprefix('file:')}" if error.filename else ""
         typer.echo(
             f"Cannot read or write{where}: {error.strerror or error}. What was written so far is kept; "
             "mend this and run the same command again.",

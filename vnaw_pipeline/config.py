@@ -427,7 +427,7 @@ class PredictConfig(_Section):
 class InferConfig(_Section):
     """`vnaw infer`: who is who in a video, and what becomes of jitter and gaps."""
 
-    min_person_frames: int = Field(default=3, gt=0)
+    min_person_frames: int = Field(default=5, gt=0)
     """Least faces of a person; what is seen less often is taken for a false detection. A shorter video needs fewer."""
     return_s: float = Field(default=5.0, ge=0)
     """How long a person may be out of sight and still be the same one, by their colours."""

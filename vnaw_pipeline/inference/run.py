@@ -199,18 +199,23 @@ def _record_of(folder: Path, source: Path, settings: str) -> dict[str, Any] | No
     """What is recorded of an input; None unless it is done, of this content and with these settings."""
     try:
         record: dict[str, Any] = json.loads((folder / _RECORD).read_text())
-        done = record["settings"] == settings and all((folder / name).is_file() for name in record["files"])
+        done = record["settings"] == settings and _sizes(folder) == record["files"]
         return record if done and record["input"] == _digest_of(source) else None
     except (OSError, ValueError, KeyError, TypeError):  # none, or not one of ours
         return None
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the results that are there, by name."""
+    found = sorted(chain.from_iterable(map(folder.glob, (*_TABLES, *_DRAWN))))
+    return {path.name: path.stat().st_size for path in found}
+
+
 def _write_record(folder: Path, source: Path, settings: str, summary: list[str], loss: str | None) -> None:
-    files = sorted(path.name for path in chain.from_iterable(map(folder.glob, (*_TABLES, *_DRAWN))))
     write_json(
         folder / _RECORD,
         {
-            **{"input": _digest_of(source), "settings": settings, "files": files},
+            **{"input": _digest_of(source), "settings": settings, "files": _sizes(folder)},
             **{"summary": summary, "loss": loss, "made": utc_now(), "environment": environment()},
         },
     )
@@ -261,7 +266,10 @@ def _write_outcome(
     """Write everything of one input; the lines of its summary."""
     table = outcome.table
     lines = summary_lines(table, models.config.infer.min_span_s)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise DataError(f"{folder} is a file; move it away, or give another --out") from error
     (folder / _RECORD).unlink(missing_ok=True)
     write_text(folder / "summary.txt", "\n".join(lines) + "\n")
     _write_table(table, folder)
