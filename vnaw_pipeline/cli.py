@@ -488,7 +488,12 @@ def infer(
 
 @app.command()
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help="Measurements; without any, all.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Measurements, such as `bank` or `scale` (docs/performance.md names them); without any, all."
+        ),
+    ] = None,
     work_dir: Annotated[Path, typer.Option(help="Folder for synthetic data, removed as it goes.")] = Path("bench_run"),
     quick: Annotated[bool, typer.Option("--quick", help="All of it small, in about five minutes.")] = False,
     videos: Annotated[int | None, typer.Option(help="Size of the data; the default is Aff-Wild2's.", min=30)] = None,
