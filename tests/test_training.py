@@ -423,16 +423,6 @@ def reference_losses(
     return losses(run)
 
 
-def test_a_step_too_small_for_its_parts_is_refused_before_anything_is_written(
-    drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
-) -> None:
-    """Eleven windows in steps of at most four are steps of 4, 4 and 3."""
-    config = changed(tiny_config, "train", batch_windows=4, windows_per_epoch=11, accumulation=4)
-    with pytest.raises(ConfigError, match="A step of 3 cannot be split"):
-        train(drawn, drawn_store, tmp_path / "run", config)
-    assert not (tmp_path / "run").exists()
-
-
 def test_accumulation_and_processes_change_nothing(
     drawn: DrawnData, drawn_store: Path, tiny_config: PipelineConfig, tmp_path: Path
 ) -> None:

@@ -104,15 +104,15 @@ def train_windows(
     )
     train = train.learnable()
     labels = {"train": train.digest(), "validation": validation.digest()}
-    plan = training_plan(train, config)
-    drawing = Drawing(train, plan, config)
-    drawing.require_steps_for_all()
-    learning = _Learning.of(train, config)
     folder = begin_run(
         run_dir, config, _SECTIONS, overwrite, {"labels": labels, "features": store.fingerprint, "fold": fold}
     )
+
+    plan = training_plan(train, config)
+    drawing = Drawing(train, plan, config)
     outputs = [name for each in config.tasks for name in each.outputs]
     without_any = train.means()
+    learning = _Learning.of(train, config)
     header = {
         "kind": "temporal",
         "task": task.name,
@@ -291,11 +291,6 @@ class Drawing:
         power = 1.0 if self.config.train.sampling == "balanced" else 0.5
         weights = balanced_weights(of_windows, num_classes, power)
         return torch.where(of_windows == IGNORE_LABEL, weights[of_windows != IGNORE_LABEL].mean(), weights)
-
-    def require_steps_for_all(self) -> None:
-        """Raise ConfigError if the smallest step of an epoch has no window for each process and pass."""
-        smallest = torch.arange(self.per_epoch // self.steps_per_epoch)
-        split_step(smallest, 0, process_state().num_processes, self.config.train.accumulation)
 
     def steps(self, epoch: int) -> Iterator[list[WindowDraw]]:
         """This process's parts of an epoch's steps. Every process draws all windows and their frames alike, since the
