@@ -143,7 +143,7 @@ def leave_processes() -> None:
 def hear_out_heartbeat() -> None:
     """Call where an exchange failed: if another process is gone, the program ends here, with a message that says so."""
     if _heartbeat is not None:
-        _heartbeat.thread.join(_SILENCE.total_seconds() + 10 * _BEAT_SECONDS)  # it may wait for an answer so long
+        _heartbeat.thread.join(10 * _BEAT_SECONDS)
 
 
 def meet() -> None:
