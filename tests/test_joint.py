@@ -7,6 +7,7 @@ import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,14 @@ from vnaw_pipeline.tasks import SPLIT_DIRS, TASKS, TaskName
 from vnaw_pipeline.training import windows as training
 from vnaw_pipeline.training.frames import finetune_encoder
 from vnaw_pipeline.training.labels import LabelledBank
-from vnaw_pipeline.training.windows import Drawing, WindowDraw, gather_draw, train_windows, training_plan
+from vnaw_pipeline.training.windows import (
+    Drawing,
+    WindowDraw,
+    gather_draw,
+    passes_of_step,
+    train_windows,
+    training_plan,
+)
 
 EXPR, VA, AU = TASKS["expr8"], TASKS["va"], TASKS["au"]
 ALL = (EXPR, VA, AU)
@@ -284,6 +292,32 @@ def test_processes_together_draw_what_one_draws(
         torch.testing.assert_close(torch.cat(found), wanted)
     assert len(torch.unique(whole.words.channels)) > 2000, "no block repeats another one's draws"
     assert len(set(whole.view)) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "processes", "passes"),
+    [
+        ("expr8", {}, 1, 11),
+        ("expr8", {}, 4, 3),
+        ("expr8", {}, 64, 1),
+        ("au", {}, 1, 11),
+        ("va", {}, 1, 1),
+        ("expr8", {"further_tasks": {"va": 0.5}}, 1, 1),
+        ("expr8", {"loss": {"objective": "elr", "weighting": "none"}}, 1, 1),
+        ("expr8", {"temporal": {"width": 64, "layers": 2, "feed_forward": 128}}, 1, 1),
+        ("expr8", {"windows": {"window_frames": 500}}, 1, 64),
+        ("expr8", {"train": {"accumulation": 4}}, 1, 4),
+    ],
+)
+def test_a_step_is_split_into_passes_that_fit_a_laptop(
+    task: TaskName, changes: dict[str, Any], processes: int, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 windows of the default model; never where a split would change what is learnt, nor on a GPU."""
+    config = PipelineConfig.model_validate({"task": task, "train": {"sampling": "uniform"}, **changes})
+    for device, wanted in (("cpu", passes), ("cuda", config.train.accumulation or 1)):
+        state = SimpleNamespace(num_processes=processes, device=torch.device(device))
+        monkeypatch.setattr(training, "process_state", lambda state=state: state)
+        assert passes_of_step(config, 64) == wanted
 
 
 # The loss

@@ -19,6 +19,7 @@ from vnaw_pipeline.config import TemporalConfig
 from vnaw_pipeline.temporal import (
     TCN_KERNEL,
     ConvolutionBlock,
+    Dropout,
     TemporalModel,
     attention,
     dropout,
@@ -266,6 +267,43 @@ def test_dropout_takes_its_share_and_keeps_the_mean(probability: float, odd: int
     torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - probability)), rtol=2**-12, atol=0)
     deviation = math.sqrt(probability * (1 - probability) / x.numel())
     assert abs(len(kept) / x.numel() - (1 - probability)) < 5 * deviation + 2**-16
+
+
+@given(st.sampled_from([0.1, 0.5, 0.6]), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_dropout_of_relu_is_dropout_after_relu(probability: float, seed: int) -> None:
+    """By the same draws: the same numbers, and the same gradients, also where x is zero."""
+    layer = Dropout(probability)
+    start = torch.randn(50, 7, generator=torch.Generator().manual_seed(seed)).round(decimals=0)
+    results = []
+    for together in (True, False):
+        x = start.clone().requires_grad_()
+        torch.manual_seed(seed)
+        out = layer.of_relu(x) if together else layer(x.relu())
+        (out * torch.linspace(-1, 1, 7)).sum().backward()
+        results.append((out, x.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("probability", [1e-9, 1 - 1e-9])
+def test_chances_next_to_none_and_all_leave_finite_numbers(probability: float) -> None:
+    assert torch.isfinite(dropout(torch.ones(1000), probability)).all()
+
+
+def test_a_window_keeps_no_more_than_its_passes_count_on() -> None:
+    """What autograd saves of a window in training, without the weights: at most what `_PASS_BYTES` divides by six."""
+    model, kept = model_of(width=512, heads=1, layers=4, feed_forward=512, dropout=0.6).train(), {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(saved: torch.Tensor) -> torch.Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        model(torch.randn(3, 100, 6), torch.ones(3, 100, dtype=torch.bool)).sum()
+    assert sum(kept.values()) / 3 < 9_500_000
 
 
 def test_neighbours_of_one_random_word_fall_out_independently() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vnaw_pipeline.annotations import frame_index_of
-from vnaw_pipeline.crops.source import RECORD_NAME
+from vnaw_pipeline.crops import RECORD_NAME
 from vnaw_pipeline.errors import DataError, listing
 from vnaw_pipeline.tasks import SPLIT_DIRS, Task
 from vnaw_pipeline.textlines import located, read_lines

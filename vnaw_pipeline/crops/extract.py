@@ -15,10 +15,10 @@ from typing import Any
 import simplejpeg
 
 from vnaw_pipeline.config import CropConfig
+from vnaw_pipeline.crops import RECORD_NAME
 from vnaw_pipeline.crops.align import align_face
 from vnaw_pipeline.crops.detect import Detector, Face, load_detector
 from vnaw_pipeline.crops.sink import Crop, Written, find_pack, find_tree, write_pack, write_tree
-from vnaw_pipeline.crops.source import RECORD_NAME
 from vnaw_pipeline.crops.track import follow_face
 from vnaw_pipeline.crops.video import Frame, Rgb, expected_frames, open_video
 from vnaw_pipeline.errors import DataError, listing

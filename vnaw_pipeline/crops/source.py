@@ -21,9 +21,6 @@ from vnaw_pipeline.annotations import frame_index_of, image_name
 from vnaw_pipeline.crops.video import Rgb
 from vnaw_pipeline.errors import DataError
 
-RECORD_NAME = "crops.json"
-"""In a folder that `vnaw crop` wrote: how its crops were made; `crop_set` there names them in one word."""
-
 
 class VideoCrops(Protocol):
     """The crops of one video. `read` may be called from several threads; open it anew in each process."""

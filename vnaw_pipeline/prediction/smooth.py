@@ -6,7 +6,6 @@ video.
 
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import median_filter
 
 from vnaw_pipeline.config import SmoothConfig
 from vnaw_pipeline.errors import ConfigError
@@ -86,6 +85,8 @@ def smooth_predicting(answers: Probabilities, half_width: int, share: float) -> 
 
 def smooth_median(answers: Probabilities, half_width: int) -> Probabilities:
     """Median over the window, column by column; of an even number of frames, the mean of the middle two; (T, K)."""
+    from scipy.ndimage import median_filter  # takes a quarter of a second and 14 MB, which a training needs not
+
     num_frames = len(answers)
     width = 2 * half_width + 1
     medians = np.empty_like(answers)

@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from vnaw_pipeline.checkpoints import load_tensors, save_tensors
 from vnaw_pipeline.config import PipelineConfig
 from vnaw_pipeline.errors import CheckpointError, ConfigError, DataError
-from vnaw_pipeline.processes import agree, keep_freed_memory, meet, process_state, sum_over_processes
+from vnaw_pipeline.processes import (
+    agree,
+    give_back_freed_memory,
+    keep_freed_memory,
+    meet,
+    process_state,
+    sum_over_processes,
+)
 from vnaw_pipeline.provenance import differences, flat
 from vnaw_pipeline.runs import RunFolder
 from vnaw_pipeline.stages import progress_bar
@@ -159,7 +166,9 @@ def fit(recipe: Recipe[Batch], optimisation: Optimisation, folder: RunFolder) ->
             kept.eval()
             for buffer in kept.buffers():  # running statistics: each process has seen other batches
                 broadcast(buffer)
+            give_back_freed_memory()
             scores = recipe.evaluate(kept)
+            give_back_freed_memory()
             row = {"epoch": epoch, "train_loss": train_loss, **scores, "seconds": time.monotonic() - started}
             progress.history.append(row)
             progress.epochs_done = epoch + 1

@@ -256,6 +256,8 @@ class WindowDraw(NamedTuple):
 
 _Augmentation = tuple[Tensor, list[int], MaskWords]
 """Channels that stay, view and mask words of some windows, as in `WindowDraw`."""
+_PASS_BYTES = 57_000_000
+"""That a forward pass on a CPU may keep for its way back: six windows of the default model."""
 _BLOCK_WINDOWS = 256
 """So many windows of a step are augmented by draws of one seed."""
 
@@ -316,7 +318,7 @@ class Drawing:
             yield [
                 WindowDraw(rows[part], plan.video[part], *self._augmentation(part, block), units)
                 for part in split_step(
-                    torch.arange(count), state.process_index, state.num_processes, config.train.accumulation
+                    torch.arange(count), state.process_index, state.num_processes, passes_of_step(config, count)
                 )
             ]
 
@@ -337,6 +339,20 @@ class Drawing:
         is_masked = windows.random_masking.mode != "none"
         frames, width = (windows.window_frames, self.embedding_dim) if is_masked else (0, 0)
         return keep, view, draw_mask_words(size, frames, width, generator)
+
+
+def passes_of_step(config: PipelineConfig, num_windows: int) -> int:
+    """How many forward passes a process makes for its share of a step."""
+    state, model, frames = process_state(), config.temporal, config.windows.window_frames
+    if config.train.accumulation is not None:
+        return config.train.accumulation
+    is_changed = config.loss.objective == "elr" or any(task.kind == "affect" for task in config.tasks)
+    if is_changed or state.device.type != "cpu":
+        return 1
+    of_layer = frames * (9 * model.width + model.feed_forward + 2 * model.heads * frames)  # numbers that are kept
+    of_pass = max(1, _PASS_BYTES // (4 * of_layer * (model.layers + model.tcn_blocks)))
+    share: int = -(-num_windows // state.num_processes)
+    return -(-share // of_pass)
 
 
 def gather_draw(train: LabelledBank, draw: WindowDraw, config: PipelineConfig) -> WindowBatch:
