@@ -406,7 +406,7 @@ class SmoothConfig(_Section):
 class PredictConfig(_Section):
     """From windows to one row per frame."""
 
-    batch_windows: int = Field(default=32, gt=0)
+    batch_windows: int = Field(default=16, gt=0)
     """Windows per forward pass. More of them keep a GPU busier; a CPU predicts as fast with 16 as with 128."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the model's forward pass, also where training scores an epoch. `bf16` moves probabilities in the third digit,
