@@ -39,7 +39,7 @@ TINY = replace(
     temporal=TemporalConfig(width=16, layers=1, feed_forward=16),
     bank_videos=3,
     npy_frames=10,
-    batch_windows=4,
+    batch_windows=8,  # more than a forward pass of the default model takes on a CPU
     step_windows=4,
     steps=1,
     prediction_videos=3,

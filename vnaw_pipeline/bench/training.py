@@ -248,7 +248,7 @@ def _labelled_bank(work: Path, size: Size) -> tuple[LabelledBank, WindowPlan]:
 
 def _batches(train: LabelledBank, plan: WindowPlan, count: int) -> Iterator[WindowBatch]:
     """Batches without end, as training makes them by default: drawn by class, frames skipped, channels erased."""
-    of_train = {"batch_windows": count, "windows_per_epoch": 64 * count}
+    of_train = {"batch_windows": count, "windows_per_epoch": 64 * count, "accumulation": 1}
     config = PipelineConfig.model_validate({"task": TASK.name, "train": of_train})
     drawing = Drawing(train, plan, config)
     for epoch in itertools.count():
