@@ -78,6 +78,9 @@ def test_a_mapped_bank_equals_the_one_in_memory_and_leaves_no_file(
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: [SimpleNamespace(mountpoint="/", fstype="ext4"), memory])
     with pytest.raises(StoreError, match=r"scratch, whose files lie in memory \(tmpfs\)\. Set TMPDIR"):
         open_bank(store, shown=False, place="mapped")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+    with pytest.raises(StoreError, match=r"TMPDIR is .*gone, which is no folder"):
+        open_bank(store, shown=False, place="mapped")
 
 
 def test_the_smallest_room_of_all_processes_decides_and_is_said(
@@ -86,7 +89,8 @@ def test_the_smallest_room_of_all_processes_decides_and_is_said(
     monkeypatch.setattr(NO_ROOM, lambda: 10_000)
     monkeypatch.setattr("vnaw_pipeline.features.bank.gather_all", lambda items: [*items, 4_000_000, 2_000])
     assert [_first_that_fits("device", size, torch.device("cpu")) for size in (1_600, 1_601)] == ["memory", "mapped"]
-    assert capsys.readouterr().err.count("80% of the memory's free 2e-06 GB; trying mapped.\n") == 1
+    trying = f"80% of the memory's free 2e-06 GB; trying a file in {tempfile.gettempdir()}.\n"
+    assert capsys.readouterr().err.count(trying) == 1
 
 
 def test_a_chunk_that_is_cut_off_or_gone_is_named_with_its_video(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vnaw_pipeline import processes
 from vnaw_pipeline.config import PipelineConfig, dump_config
@@ -83,6 +85,29 @@ def test_every_fact_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     weights[2] = "0123"
     with pytest.raises(ProcessError, match=r"process 2 on c: fingerprint.weights: found '0123', wanted '4567'\n"):
         agree({"fingerprint": {"weights": "4567"}})
+    other_stage = {f"train.{number}": number for number in range(30)}  # the last process runs another stage
+    monkeypatch.setattr(processes, "gather_all", lambda items: [*items, *items, ("c", {**items[0][1], **other_stage})])
+    with pytest.raises(ProcessError, match=r"train\.15: [^;]*; and 22 more\n"):
+        agree({"fingerprint": {"weights": "4567"}})
+
+
+@pytest.mark.parametrize(
+    ("error", "least"),
+    [
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:538] Connection closed by peer"), 120),
+        (torch.distributed.DistNetworkError("no route"), 120),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 10),
+    ],
+)
+def test_only_an_error_of_the_network_waits_until_the_others_are_known_to_be_gone(
+    error: RuntimeError, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was frozen comes back to closed connections, and knows why a minute later."""
+    waited: list[float] = []
+    heartbeat = SimpleNamespace(thread=SimpleNamespace(join=waited.append))
+    monkeypatch.setattr(processes, "_heartbeat", heartbeat)
+    processes.hear_out_heartbeat(error)
+    assert waited == [least]
 
 
 def test_a_lost_process_stops_the_extraction_and_a_rerun_does_the_rest(

@@ -27,7 +27,7 @@ from vnaw_pipeline.features import store as store_module
 from vnaw_pipeline.features.exchange import import_features
 from vnaw_pipeline.features.extract import extract_features
 from vnaw_pipeline.features.store import open_store
-from vnaw_pipeline.locations import Location, S3Path, files_below, location
+from vnaw_pipeline.locations import Location, S3Path, files_below, location, reach
 from vnaw_pipeline.manifests import COLUMNS, write_manifest
 from vnaw_pipeline.provenance import atomic_path, write_text
 
@@ -271,6 +271,22 @@ def test_a_server_that_is_gone_is_one_line_in_bounded_time(
         extract_features(drawn.manifest, drawn.crops, "s3://bucket/s", tiny_config)
     assert time.monotonic() - started > 3, "it was asked once only"
     assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_takes_its_time_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    locations._say_slow.cache_clear()
+    monkeypatch.setattr(locations, "_NOTICE_SECONDS", 0.05)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://slow:9000")
+    slow = S3Path("bucket", "s")
+    assert reach(slow, lambda: 1) == 1
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        assert reach(slow, lambda: time.sleep(0.3) or 2) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("s3://bucket at http://slow:9000 takes more than 0.05 s to answer.")
+    assert said.count("\n") == 1
 
 
 def test_access_denied_missing_buckets_and_credentials_are_named(

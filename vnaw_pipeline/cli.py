@@ -597,5 +597,5 @@ def main() -> None:
         if "torch" in sys.modules:
             from vnaw_pipeline.processes import hear_out_heartbeat
 
-            hear_out_heartbeat()
+            hear_out_heartbeat(error)
         raise

@@ -8,6 +8,8 @@ is one line that names the place.
 import os
 import re
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -29,6 +31,8 @@ RETRY_SECONDS = 180
 """A request that fails is tried again for so long. Below five minutes, for which a signed request is good."""
 REQUEST_SECONDS = 60
 """A reply that takes longer has failed. A chunk has 8 MB at a width of 1024."""
+_NOTICE_SECONDS = 10
+"""What S3 has not done by then is said to take its time."""
 _ENDPOINTS = {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"}
 _CREDENTIALS = (
     "AWS_ACCESS_KEY_ID",
@@ -138,6 +142,27 @@ def reach(place: Location, act: Callable[[], Result]) -> Result:
     Raises:
         StoreError: S3 cannot be reached or used, with what to do. OSError: as it was, with a file name.
     """
+    if isinstance(place, Path):
+        return _reach(place, act)
+    notice = threading.Timer(_NOTICE_SECONDS, _say_slow, [place.bucket])
+    notice.daemon = True
+    notice.start()
+    try:
+        return _reach(place, act)
+    finally:
+        notice.cancel()
+
+
+@lru_cache
+def _say_slow(bucket: str) -> None:
+    server = next((f" at {os.environ[name]}" for name in sorted(_ENDPOINTS) if name in os.environ), "")
+    sys.stderr.write(
+        f"s3://{bucket}{server} takes more than {_NOTICE_SECONDS} s to answer. What fails there is tried again, for "
+        f"{RETRY_SECONDS // 60} minutes or more.\n"
+    )
+
+
+def _reach(place: Location, act: Callable[[], Result]) -> Result:
     wait, end = 0.1, time.monotonic() + RETRY_SECONDS
     while True:
         try:

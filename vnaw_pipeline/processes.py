@@ -30,6 +30,8 @@ _PATIENCE = timedelta(minutes=10)
 _SILENCE = timedelta(seconds=60)
 """How long nothing is heard from the others until a process takes them for lost; a network may need a while to mend."""
 _BEAT_SECONDS = 1.0
+_MOST_DIFFERENCES = 8
+"""Named of a process that is unlike the first."""
 _LAST_MEETING = sys.maxsize
 
 
@@ -140,10 +142,12 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def hear_out_heartbeat() -> None:
-    """Call where an exchange failed: if another process is gone, the program ends here, with a message that says so."""
+def hear_out_heartbeat(error: RuntimeError) -> None:
+    """Call where an exchange may have failed: if another process is gone, the program ends here, with a message that
+    says so. An error of the network is waited with until the heartbeat must know; any other keeps nobody for long."""
     if _heartbeat is not None:
-        _heartbeat.thread.join(10 * _BEAT_SECONDS)
+        is_of_network = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        _heartbeat.thread.join(2 * _SILENCE.total_seconds() if is_of_network else 10 * _BEAT_SECONDS)
 
 
 def meet() -> None:
@@ -173,7 +177,7 @@ def agree(facts: Mapping[str, Any]) -> None:
     everyone = gather_all([(socket.gethostname(), flat({"code": code_digest(), **environment(), **facts}))])
     first_host, first = everyone[0]
     unlike = [
-        f"process {index} on {host}: {'; '.join(different)}"
+        f"process {index} on {host}: {_joined(different)}"
         for index, (host, found) in enumerate(everyone)
         if (different := differences(found, first))
     ]
@@ -183,6 +187,11 @@ def agree(facts: Mapping[str, Any]) -> None:
             f"The processes of this run are not alike; nothing was written. Unlike process 0 on {first_host} (wanted) "
             f"are:\n{listing(unlike, 5)}\nStart all with the same program, config and input."
         )
+
+
+def _joined(different: list[str]) -> str:
+    more = len(different) - _MOST_DIFFERENCES
+    return "; ".join(different[:_MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
 
 
 def keep_freed_memory() -> None:

@@ -205,14 +205,14 @@ def measure_training_memory(work: Path, size: Size) -> list[Figure]:
     peak = peak_memory_of(train_windows, manifest_of(videos), *paths, config)
     frames = sum(video.num_frames for video in videos if video.split != "test")
     if process_state().device.type == "cuda":
+        beside = peak / 1e9
         detail = f"peak of the host; the bank ({frames} frames) and the model lie on the GPU"
-        return [Figure("training memory beside bank and model, GB", peak / 1e9, Goal("at most", 1.0), detail)]
-    bank_bytes = 2 * width * frames
-    model = TemporalModel(width, len(TASK.outputs), size.temporal)
-    model_bytes = 4 * 4 * sum(parameter.numel() for parameter in model.parameters())
-    detail = f"peak {peak / 1e9:.2f} GB, bank {bank_bytes / 1e9:.2f} GB ({frames} frames), "
-    detail += f"model {model_bytes / 1e9:.2f} GB"
-    beside = (peak - bank_bytes - model_bytes) / 1e9
+    else:
+        model = TemporalModel(width, len(TASK.outputs), size.temporal)
+        bank_bytes, model_bytes = 2 * width * frames, 16 * sum(parameter.numel() for parameter in model.parameters())
+        beside = (peak - bank_bytes - model_bytes) / 1e9
+        detail = f"peak {peak / 1e9:.2f} GB, bank {bank_bytes / 1e9:.2f} GB ({frames} frames), "
+        detail += f"model {model_bytes / 1e9:.2f} GB"
     return [Figure("training memory beside bank and model, GB", beside, Goal("at most", 1.0), detail)]
 
 

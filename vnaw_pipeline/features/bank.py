@@ -146,9 +146,10 @@ def _first_that_fits(wanted: BankPlace, size: int, device: torch.device) -> Bank
             if size <= _SHARE[place] * least:
                 return place
             if process_state().is_main_process:
+                following = "memory" if place == "device" else f"a file in {tempfile.gettempdir()}"
                 sys.stderr.write(
                     f"The features, {size / 1e9:.3g} GB, do not fit into {_SHARE[place]:.0%} of the {place}'s free "
-                    f"{least / 1e9:.3g} GB; trying {_PLACES[_PLACES.index(place) + 1]}.\n"
+                    f"{least / 1e9:.3g} GB; trying {following}.\n"
                 )
     return _PLACES[-1]
 
@@ -159,6 +160,8 @@ def _allocate(place: BankPlace, shape: tuple[int, int, int], device: torch.devic
         return torch.empty(shape, dtype=torch.float16, device=device)
     if place == "memory":
         return torch.from_numpy(np.empty(shape, dtype=np.float16))  # NumPy asks for large pages
+    if (named := os.environ.get("TMPDIR")) and not Path(named).is_dir():  # Python would pass over it
+        raise StoreError(f"TMPDIR is {named}, which is no folder. Set it to one on a local disk, or unset it.")
     folder, size = tempfile.gettempdir(), 2 * math.prod(shape)
     if _lies_in_memory(Path(folder)):
         raise StoreError(
