@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from vnaw_pipeline.annotations import image_name, write_annotation
@@ -28,9 +30,11 @@ from vnaw_pipeline.losses.units import balanced_class_weights
 from vnaw_pipeline.manifests import build_manifest, read_labels, write_manifest
 from vnaw_pipeline.runs import open_run
 from vnaw_pipeline.tasks import SPLIT_DIRS, TASKS, TaskName
+from vnaw_pipeline.temporal import kept_bytes
 from vnaw_pipeline.training import windows as training
 from vnaw_pipeline.training.frames import finetune_encoder
 from vnaw_pipeline.training.labels import LabelledBank
+from vnaw_pipeline.training.loop import split_step
 from vnaw_pipeline.training.windows import (
     Drawing,
     WindowDraw,
@@ -306,6 +310,8 @@ def test_processes_together_draw_what_one_draws(
         ("expr8", {"loss": {"objective": "elr", "weighting": "none"}}, 1, 1),
         ("expr8", {"temporal": {"width": 64, "layers": 2, "feed_forward": 128}}, 1, 1),
         ("expr8", {"windows": {"window_frames": 500}}, 1, 64),
+        ("expr8", {"windows": {"window_frames": 500}}, 3, 21),
+        ("expr8", {"loss": {"consistency": 0.4}}, 1, 22),
         ("expr8", {"train": {"accumulation": 4}}, 1, 4),
     ],
 )
@@ -318,6 +324,23 @@ def test_a_step_is_split_into_passes_that_fit_a_laptop(
         state = SimpleNamespace(num_processes=processes, device=torch.device(device))
         monkeypatch.setattr(training, "process_state", lambda state=state: state)
         assert passes_of_step(config, 64) == wanted
+
+
+@given(windows=st.integers(1, 300), processes=st.integers(1, 9), frames=st.sampled_from([100, 120, 200, 500]))
+def test_every_process_has_a_window_for_each_pass(windows: int, processes: int, frames: int) -> None:
+    config = PipelineConfig.model_validate({"windows": {"window_frames": frames}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            training, "process_state", lambda: SimpleNamespace(num_processes=processes, device=torch.device("cpu"))
+        )
+        passes = passes_of_step(config, windows)
+    assert passes * processes <= max(windows, processes)
+    if windows >= processes:
+        parts = [
+            part for index in range(processes) for part in split_step(torch.arange(windows), index, processes, passes)
+        ]
+        most = max(57_000_000 // kept_bytes(config.temporal, frames), 1)
+        assert max(map(len, parts)) <= most + (most == 1)
 
 
 # The loss

@@ -96,6 +96,7 @@ def test_every_fact_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (RuntimeError("[../gloo/transport/tcp/pair.cc:538] Connection closed by peer"), 120),
         (torch.distributed.DistNetworkError("no route"), 120),
+        (RuntimeError("cannot read /data/gloomy"), 10),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 10),
     ],
 )

@@ -678,6 +678,25 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert min(int(run.stdout) for run in runs) < 20
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_kept_memory_is_given_back_when_asked() -> None:
+    """Also what lies below something that is still in use."""
+    code = """
+import psutil, torch
+from vnaw_pipeline.processes import give_back_freed_memory, keep_freed_memory
+keep_freed_memory()
+freed = [torch.ones(1_000_000) for _ in range(50)]  # 4 MB each
+above = torch.ones(1_000_000)
+del freed
+resident = psutil.Process().memory_info
+before = resident().rss
+give_back_freed_memory()
+print(before - resident().rss)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) > 150_000_000
+
+
 def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
     """Both the file that is to become the checkpoint and the one that safetensors fills first."""
     folder = RunFolder(tmp_path)

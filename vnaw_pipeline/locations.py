@@ -33,6 +33,8 @@ REQUEST_SECONDS = 60
 """A reply that takes longer has failed. A chunk has 8 MB at a width of 1024."""
 _NOTICE_SECONDS = 10
 """What S3 has not done by then is said to take its time."""
+_saying = threading.Lock()
+_said: set[str] = set()
 _ENDPOINTS = {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"}
 _CREDENTIALS = (
     "AWS_ACCESS_KEY_ID",
@@ -153,11 +155,14 @@ def reach(place: Location, act: Callable[[], Result]) -> Result:
         notice.cancel()
 
 
-@lru_cache
 def _say_slow(bucket: str) -> None:
+    with _saying:  # once, of the threads that wait at a time too
+        if bucket in _said:
+            return
+        _said.add(bucket)
     server = next((f" at {os.environ[name]}" for name in sorted(_ENDPOINTS) if name in os.environ), "")
     sys.stderr.write(
-        f"s3://{bucket}{server} takes more than {_NOTICE_SECONDS} s to answer. What fails there is tried again, for "
+        f"s3://{bucket}{server}: something takes more than {_NOTICE_SECONDS} s. What fails there is tried again, for "
         f"{RETRY_SECONDS // 60} minutes or more.\n"
     )
 

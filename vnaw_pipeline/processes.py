@@ -146,7 +146,7 @@ def hear_out_heartbeat(error: RuntimeError) -> None:
     """Call where an exchange may have failed: if another process is gone, the program ends here, with a message that
     says so. An error of the network is waited with until the heartbeat must know; any other keeps nobody for long."""
     if _heartbeat is not None:
-        is_of_network = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        is_of_network = isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
         _heartbeat.thread.join(2 * _SILENCE.total_seconds() if is_of_network else 10 * _BEAT_SECONDS)
 
 

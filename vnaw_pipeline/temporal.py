@@ -50,6 +50,12 @@ class TemporalModel(nn.Module):
         return logits
 
 
+def kept_bytes(config: TemporalConfig, num_frames: int) -> int:
+    """About as much as the way back of a window in training keeps in float32 on a CPU, without weights."""
+    of_layer = num_frames * (9 * config.width + config.feed_forward + 2 * config.heads * num_frames)
+    return 4 * of_layer * (config.layers + config.tcn_blocks)
+
+
 class ConvolutionBlock(nn.Module):
     """Two dilated convolutions over time, added to what came in (Bai et al. 2018, without their weight norm).
 
@@ -165,7 +171,7 @@ def dropout(x: Tensor, probability: float) -> Tensor:
     """Each element zero with this chance, the others scaled up so that their mean stays.
 
     On a CPU, where PyTorch draws element by element on one core, which was a third of a training step, the chance is
-    rounded to 2**-16; elsewhere, and when it is compiled, this is PyTorch's own.
+    rounded to 2**-16, and neither none nor all; elsewhere, and when it is compiled, this is PyTorch's own.
     """
     if probability == 0 or not _draws_words(x):
         return F.dropout(x, probability)

@@ -160,9 +160,11 @@ def _allocate(place: BankPlace, shape: tuple[int, int, int], device: torch.devic
         return torch.empty(shape, dtype=torch.float16, device=device)
     if place == "memory":
         return torch.from_numpy(np.empty(shape, dtype=np.float16))  # NumPy asks for large pages
-    if (named := os.environ.get("TMPDIR")) and not Path(named).is_dir():  # Python would pass over it
-        raise StoreError(f"TMPDIR is {named}, which is no folder. Set it to one on a local disk, or unset it.")
     folder, size = tempfile.gettempdir(), 2 * math.prod(shape)
+    if (named := os.environ.get("TMPDIR")) and Path(named).resolve() != Path(folder).resolve():
+        raise StoreError(  # Python has passed over it without a word
+            f"TMPDIR is {named}, which is no folder that can be written to. Set it to one on a local disk, or unset it."
+        )
     if _lies_in_memory(Path(folder)):
         raise StoreError(
             f"The features, {size / 1e9:.3g} GB, are to be mapped from a file in {folder}, whose files lie in memory "

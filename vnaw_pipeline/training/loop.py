@@ -33,7 +33,7 @@ from vnaw_pipeline.processes import (
     sum_over_processes,
 )
 from vnaw_pipeline.provenance import differences, flat
-from vnaw_pipeline.runs import RunFolder
+from vnaw_pipeline.runs import RunFolder, of_another_run
 from vnaw_pipeline.stages import progress_bar
 from vnaw_pipeline.training.depthwise import quicken_depthwise
 
@@ -353,7 +353,7 @@ def _resume(
     with suppress(ValidationError, KeyError):  # what has come into the config since has its default
         sections = set(recipe.header["config"])
         found["config"] = PipelineConfig.model_validate(found["config"]).model_dump(mode="json", include=sections)
-    if unlike := differences(flat(found), flat(recipe.header)):
+    if unlike := of_another_run(differences(flat(found), flat(recipe.header))):
         raise CheckpointError(
             f"{path} belongs to another run: {'; '.join(unlike)[:500]}. Give a new run folder, or --overwrite."
         )

@@ -33,7 +33,7 @@ from vnaw_pipeline.processes import agree, process_state, put, sum_over_processe
 from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.stages import StageReport
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, TaskName, output_columns
-from vnaw_pipeline.temporal import TemporalModel
+from vnaw_pipeline.temporal import TemporalModel, kept_bytes
 from vnaw_pipeline.training.labels import LabelledBank, open_labelled_bank
 from vnaw_pipeline.training.loop import Optimisation, Recipe, begin_run, fit, seed_of, split_step
 from vnaw_pipeline.windows.augment import (
@@ -343,16 +343,18 @@ class Drawing:
 
 def passes_of_step(config: PipelineConfig, num_windows: int) -> int:
     """How many forward passes a process makes for its share of a step."""
-    state, model, frames = process_state(), config.temporal, config.windows.window_frames
+    state = process_state()
     if config.train.accumulation is not None:
         return config.train.accumulation
     is_changed = config.loss.objective == "elr" or any(task.kind == "affect" for task in config.tasks)
     if is_changed or state.device.type != "cpu":
         return 1
-    of_layer = frames * (9 * model.width + model.feed_forward + 2 * model.heads * frames)  # numbers that are kept
-    of_pass = max(1, _PASS_BYTES // (4 * of_layer * (model.layers + model.tcn_blocks)))
-    share: int = -(-num_windows // state.num_processes)
-    return -(-share // of_pass)
+    images = 2 if config.loss.consistency else 1
+    of_pass = max(1, _PASS_BYTES // (images * kept_bytes(config.temporal, config.windows.window_frames)))
+    fewest = num_windows // state.num_processes  # that a process has, which needs one for each pass
+    most = -(-num_windows // state.num_processes)
+    passes: int = max(1, min(-(-most // of_pass), fewest))
+    return passes
 
 
 def gather_draw(train: LabelledBank, draw: WindowDraw, config: PipelineConfig) -> WindowBatch:
