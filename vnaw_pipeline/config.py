@@ -370,7 +370,8 @@ class TrainConfig(_Section):
     accumulation: int | None = Field(default=None, gt=0)
     """Forward passes a step is split into, which take less memory; the result is the same but for the draws of dropout,
     `elr`, whose memory moves with each of them, and the concordance of valence and arousal, which is each one's own.
-    null: with `elr`, for valence and arousal, and on a GPU one; else as many as keep each to some 60 MB."""
+    null: with `elr`, for valence and arousal, and on a GPU one; else as many as keep each to some 60 MB, or to 400
+    frames where those take more."""
     windows_per_epoch: int | None = Field(default=None, gt=0)
     """Draws per epoch; null: as many as there are training windows."""
     sampling: Literal["balanced", "square-root", "uniform"] = "balanced"

@@ -258,6 +258,8 @@ _Augmentation = tuple[Tensor, list[int], MaskWords]
 """Channels that stay, view and mask words of some windows, as in `WindowDraw`."""
 _PASS_BYTES = 57_000_000
 """That a forward pass on a CPU may keep for its way back: six windows of the default model."""
+_PASS_FRAMES = 400
+"""That it has at least; with half as many a model of 34 M weights took a seventh longer."""
 _BLOCK_WINDOWS = 256
 """So many windows of a step are augmented by draws of one seed."""
 
@@ -349,8 +351,8 @@ def passes_of_step(config: PipelineConfig, num_windows: int) -> int:
     is_changed = config.loss.objective == "elr" or any(task.kind == "affect" for task in config.tasks)
     if is_changed or state.device.type != "cpu":
         return 1
-    images = 2 if config.loss.consistency else 1
-    of_pass = max(1, _PASS_BYTES // (images * kept_bytes(config.temporal, config.windows.window_frames)))
+    frames, images = config.windows.window_frames, 2 if config.loss.consistency else 1
+    of_pass = max(-(-_PASS_FRAMES // frames), _PASS_BYTES // (images * kept_bytes(config.temporal, frames)))
     fewest = num_windows // state.num_processes  # that a process has, which needs one for each pass
     most = -(-num_windows // state.num_processes)
     passes: int = max(1, min(-(-most // of_pass), fewest))
