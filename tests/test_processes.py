@@ -87,7 +87,7 @@ def test_every_fact_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         agree({"fingerprint": {"weights": "4567"}})
     other_stage = {f"train.{number}": number for number in range(30)}  # the last process runs another stage
     monkeypatch.setattr(processes, "gather_all", lambda items: [*items, *items, ("c", {**items[0][1], **other_stage})])
-    with pytest.raises(ProcessError, match=r"train\.15: [^;]*; and 22 more\n"):
+    with pytest.raises(ProcessError, match=r"train\.15: [^;]*; \.\.\. and 22 more\n"):
         agree({"fingerprint": {"weights": "4567"}})
 
 

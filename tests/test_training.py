@@ -697,6 +697,26 @@ print(before - resident().rss)
     assert int(run.stdout) > 150_000_000
 
 
+def test_passes_may_change_in_a_run_unless_they_change_what_is_learnt(tmp_path: Path) -> None:
+    """null stands for one pass there, which folders of before have written out."""
+    for name, objective in (("plain", "ce"), ("memory", "elr")):
+        folder = RunFolder(tmp_path / name)
+
+        def begin(accumulation: int | None, folder: RunFolder = folder, objective: str = objective) -> None:
+            values = {"train": {"accumulation": accumulation}, "loss": {"objective": objective, "weighting": "none"}}
+            folder.begin(PipelineConfig.model_validate(values), {"train", "loss"}, overwrite=False)
+
+        begin(1)
+        folder.last.parent.mkdir()
+        folder.last.touch()
+        begin(None)
+        if objective == "ce":
+            begin(4)
+        else:
+            with pytest.raises(CheckpointError, match=r"train\.accumulation: found 1, wanted 4"):
+                begin(4)
+
+
 def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
     """Both the file that is to become the checkpoint and the one that safetensors fills first."""
     folder = RunFolder(tmp_path)

@@ -473,6 +473,11 @@ class PipelineConfig(_Section):
         """The main task, then the others in the order of TASKS."""
         return TASKS[self.task], *(task for name, task in TASKS.items() if name in self.further_tasks)
 
+    @property
+    def learns_by_passes(self) -> bool:
+        """Whether it changes what is learnt, beside draws of dropout, into which passes a step is split."""
+        return self.loss.objective == "elr" or any(task.kind == "affect" for task in self.tasks)
+
     @model_validator(mode="after")
     def _tasks_go_together(self) -> Self:
         if self.task in self.further_tasks:

@@ -25,9 +25,9 @@ class ProcessError(PipelineError):
     """Several processes of one run do not find each other, or do not run the same program on the same input."""
 
 
-def listing(problems: list[str], limit: int = 20) -> str:
-    """Join problems into one message, a line each, the first `limit` of them and a count of the rest."""
+def listing(problems: list[str], limit: int = 20, separator: str = "\n") -> str:
+    """Join problems into one message, a line each by default: the first `limit` and a count of the rest."""
     lines = problems[:limit]
     if len(problems) > limit:
         lines.append(f"... and {len(problems) - limit} more")
-    return "\n".join(lines)
+    return separator.join(lines)

@@ -177,7 +177,7 @@ def agree(facts: Mapping[str, Any]) -> None:
     everyone = gather_all([(socket.gethostname(), flat({"code": code_digest(), **environment(), **facts}))])
     first_host, first = everyone[0]
     unlike = [
-        f"process {index} on {host}: {_joined(different)}"
+        f"process {index} on {host}: {listing(different, _MOST_DIFFERENCES, separator='; ')}"
         for index, (host, found) in enumerate(everyone)
         if (different := differences(found, first))
     ]
@@ -187,11 +187,6 @@ def agree(facts: Mapping[str, Any]) -> None:
             f"The processes of this run are not alike; nothing was written. Unlike process 0 on {first_host} (wanted) "
             f"are:\n{listing(unlike, 5)}\nStart all with the same program, config and input."
         )
-
-
-def _joined(different: list[str]) -> str:
-    more = len(different) - _MOST_DIFFERENCES
-    return "; ".join(different[:_MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
 
 
 def keep_freed_memory() -> None:

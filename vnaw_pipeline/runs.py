@@ -20,12 +20,13 @@ from vnaw_pipeline.provenance import differences, environment, flat, utc_now, wr
 from vnaw_pipeline.tasks import TASKS, Task
 from vnaw_pipeline.temporal import TemporalModel
 
-_OF_MEMORY = ("train.accumulation", "predict.batch_windows")
 
-
-def of_another_run(unlike: list[str]) -> list[str]:
-    """Of `differences` between configs those that make another run of it: what is in memory at once may change."""
-    return [each for each in unlike if not each.removeprefix("config.").startswith(_OF_MEMORY)]
+def lasting_settings(config: PipelineConfig, sections: set[str]) -> dict[str, Any]:
+    """What may not change while a run goes on: of these sections all but what says how much is in memory at once."""
+    settings = flat(config.model_dump(mode="json", include=sections))
+    settings.pop("predict.batch_windows", None)
+    passes = settings.pop("train.accumulation", None) or 1
+    return {**settings, "train.accumulation": passes} if config.learns_by_passes else settings
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,8 @@ class RunFolder:
             for partial in self.path.rglob(pattern):
                 partial.unlink(missing_ok=True)
         if self.config.exists() and self.last.exists():  # else nothing was learnt yet: a start that failed
-            found = load_config(self.config).model_dump(mode="json", include=sections)
-            wanted = config.model_dump(mode="json", include=sections)
-            if changed := of_another_run(differences(flat(found), flat(wanted))):
+            found, wanted = (lasting_settings(each, sections) for each in (load_config(self.config), config))
+            if changed := differences(found, wanted):
                 raise CheckpointError(
                     f"{self.path} holds a run with another config: {'; '.join(changed[:5])}. "
                     "Give a new run folder, or --overwrite to start this one afresh."

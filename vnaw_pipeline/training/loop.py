@@ -33,7 +33,7 @@ from vnaw_pipeline.processes import (
     sum_over_processes,
 )
 from vnaw_pipeline.provenance import differences, flat
-from vnaw_pipeline.runs import RunFolder, of_another_run
+from vnaw_pipeline.runs import RunFolder, lasting_settings
 from vnaw_pipeline.stages import progress_bar
 from vnaw_pipeline.training.depthwise import quicken_depthwise
 
@@ -349,11 +349,12 @@ def _resume(
     if not path.exists():
         return _Progress(0, [], -math.inf)
     tensors, header = load_tensors(path)
-    found = {key: header.get(key) for key in recipe.header}
+    found, wanted = {key: header.get(key) for key in recipe.header}, dict(recipe.header)
     with suppress(ValidationError, KeyError):  # what has come into the config since has its default
         sections = set(recipe.header["config"])
-        found["config"] = PipelineConfig.model_validate(found["config"]).model_dump(mode="json", include=sections)
-    if unlike := of_another_run(differences(flat(found), flat(recipe.header))):
+        for each in (found, wanted):
+            each["config"] = lasting_settings(PipelineConfig.model_validate(each["config"]), sections)
+    if unlike := differences(flat(found), flat(wanted)):
         raise CheckpointError(
             f"{path} belongs to another run: {'; '.join(unlike)[:500]}. Give a new run folder, or --overwrite."
         )

@@ -348,8 +348,7 @@ def passes_of_step(config: PipelineConfig, num_windows: int) -> int:
     state = process_state()
     if config.train.accumulation is not None:
         return config.train.accumulation
-    is_changed = config.loss.objective == "elr" or any(task.kind == "affect" for task in config.tasks)
-    if is_changed or state.device.type != "cpu":
+    if config.learns_by_passes or state.device.type != "cpu":
         return 1
     frames, images = config.windows.window_frames, 2 if config.loss.consistency else 1
     of_pass = max(-(-_PASS_FRAMES // frames), _PASS_BYTES // (images * kept_bytes(config.temporal, frames)))
