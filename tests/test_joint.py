@@ -298,6 +298,20 @@ def test_processes_together_draw_what_one_draws(
     assert len(set(whole.view)) == 2
 
 
+def test_windows_of_a_step_have_channels_of_their_own_erased_and_others_in_every_epoch() -> None:
+    bank = FeatureBank(["x"], torch.zeros(161, 60).half(), torch.ones(161).bool(), torch.tensor([0, 160]))
+    train = LabelledBank(bank, {"expr8": torch.arange(161) % 8})
+    train_section = {"windows_per_epoch": 100, "batch_windows": 50}
+    drawing = Drawing(train, training_plan(train, config := config_of("expr8", train=train_section)), config)
+    epochs = [[draw.keep for draws in drawing.steps(epoch) for draw in draws] for epoch in (0, 1, 0)]
+    first, second, again = (torch.cat(of_epoch) for of_epoch in epochs)
+    assert torch.equal(first, again)
+    # Of 100 windows some 18 share one of the epoch's 256 masks with another; masks of two epochs have none in common.
+    assert len(first.unique(dim=0)) > 70
+    assert len(torch.cat([first, second]).unique(dim=0)) == len(first.unique(dim=0)) + len(second.unique(dim=0))
+    assert len(first[:50].unique(dim=0)) < len(first.unique(dim=0)), "steps do not repeat each other"
+
+
 @pytest.mark.parametrize(
     ("task", "changes", "processes", "passes"),
     [

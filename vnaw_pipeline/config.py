@@ -289,7 +289,8 @@ class WindowConfig(_Section):
     """Frames between the starts of windows in validation and prediction; overlaps are averaged."""
     skip: SkipConfig = SkipConfig()
     erase_share: float = Field(default=0.2, ge=0, lt=1)
-    """Share of embedding channels set to zero, the same for all frames of a training window (Eq. 4, 5); 0: none."""
+    """Share of embedding channels set to zero, the same for all frames of a training window (Eq. 4, 5), which takes one
+    of the 256 sets that each epoch has; 0: none."""
     views: tuple[str, ...] = ("plain",)
     """Views of the store that training windows are drawn from, each as often: with `erase0`, ... pixels are erased, as
     in the paper, and not only channels."""

@@ -38,7 +38,7 @@ from vnaw_pipeline.training.labels import LabelledBank, open_labelled_bank
 from vnaw_pipeline.training.loop import Optimisation, Recipe, begin_run, fit, seed_of, split_step
 from vnaw_pipeline.windows.augment import (
     MaskWords,
-    channel_mask,
+    channel_masks,
     draw_mask_words,
     erase_channels,
     mask_input,
@@ -262,6 +262,9 @@ _PASS_FRAMES = 400
 """That it has at least; with half as many a model of 34 M weights took a seventh longer."""
 _BLOCK_WINDOWS = 256
 """So many windows of a step are augmented by draws of one seed."""
+_EPOCH_MASKS = 256
+"""So many sets of erased channels an epoch has, of which each window takes one; a set drawn for each window would take
+a third of the time of gathering it."""
 
 
 class Drawing:
@@ -308,12 +311,13 @@ class Drawing:
             repeats = -(-self.per_epoch // len(self.plan))
             orders = [torch.randperm(len(self.plan), generator=generator) for _ in range(repeats)]
             drawn = torch.cat(orders)[: self.per_epoch]
+        masks = channel_masks(_EPOCH_MASKS, self.embedding_dim, windows.erase_share, generator)
         for step, of_step in enumerate(drawn.tensor_split(self.steps_per_epoch)):
             seeds = (config.seed, epoch, step)
             augmentation = torch.Generator().manual_seed(seed_of(*seeds))
             plan, count = self.plan.select(of_step), len(of_step)
             rows = skip_frames(plan, self.first, self.any_label, windows.window_frames, windows.skip, augmentation)
-            block = cache(partial(self._block, count, augmentation, seeds))
+            block = cache(partial(self._block, masks, count, augmentation, seeds))
             units = {
                 each.name: count_units(each, of_rows(self.row_labels[each.name], rows), config) for each in config.tasks
             }
@@ -332,15 +336,18 @@ class Drawing:
         of_words = MaskWords(*(torch.cat(of)[inside] for of in zip(*words, strict=True)))
         return torch.cat(keep)[inside], list(chain(*view))[inside], of_words
 
-    def _block(self, count: int, of_first: torch.Generator, seeds: tuple[int, int, int], number: int) -> _Augmentation:
+    def _block(
+        self, masks: Tensor, count: int, of_first: torch.Generator, seeds: tuple[int, int, int], number: int
+    ) -> _Augmentation:
         """That of a block of a step's `count` windows; the first goes on in the generator of the frames."""
         windows, size = self.config.windows, min(_BLOCK_WINDOWS, count - number * _BLOCK_WINDOWS)
         generator = torch.Generator().manual_seed(seed_of(*seeds, number)) if number else of_first
-        keep = channel_mask(size, self.embedding_dim, windows.erase_share, generator)
         view = torch.randint(len(windows.views), (size,), generator=generator).tolist()
         is_masked = windows.random_masking.mode != "none"
         frames, width = (windows.window_frames, self.embedding_dim) if is_masked else (0, 0)
-        return keep, view, draw_mask_words(size, frames, width, generator)
+        words = draw_mask_words(size, frames, width, generator)
+        keep = masks[torch.randint(len(masks), (size,), generator=generator)]
+        return keep, view, words
 
 
 def passes_of_step(config: PipelineConfig, num_windows: int) -> int:

@@ -7,7 +7,6 @@ frames valid and labelled. Seeded by what is passed in.
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,11 +39,10 @@ def skip_frames(
         keeps_label = (row_labels[resampled] != IGNORE_LABEL).any(dim=1, keepdim=True)
         return torch.where(is_long & keeps_label, resampled, rows)
     keep = draw_kept(of_rows(row_labels, rows) != IGNORE_LABEL, rows != zero_row, skip.share, generator)
-    if skip.mode == "mask":
-        return torch.where(keep, rows, zero_row)
-    packed = np.full(rows.shape, zero_row)  # numpy packs small rows in a third of torch's time
-    packed[np.arange(window_frames) < keep.sum(dim=1, keepdim=True).numpy()] = rows.numpy()[keep.numpy()]
-    return torch.from_numpy(packed)
+    kept = torch.where(keep, rows, zero_row)
+    if skip.mode == "drop":
+        kept.numpy().sort(axis=1)  # in place; the zero row is the bank's last, so what is skipped goes to the end
+    return kept
 
 
 def draw_kept(labelled: Tensor, inside: Tensor, share: tuple[float, float], generator: torch.Generator) -> Tensor:
@@ -56,7 +54,7 @@ def draw_kept(labelled: Tensor, inside: Tensor, share: tuple[float, float], gene
     skipped_share = low + (high - low) * torch.rand(len(inside), 1, generator=generator)
     chance = torch.rand(inside.shape, generator=generator)
     keep = (chance >= skipped_share) & inside
-    lost_all = ~(keep & labelled).any(dim=1)
+    lost_all = (keep & labelled).sum(dim=1) == 0  # a third of the time of `any`
     if lost_all.any():  # seldom
         lost_all &= labelled.any(dim=1)
         best = torch.where(labelled[lost_all], chance[lost_all], -1.0).argmax(dim=1)
@@ -82,21 +80,13 @@ def _resample(
     return first[plan.video][:, None] + start[:, None] + positions
 
 
-def channel_mask(num_windows: int, width: int, share: float, generator: torch.Generator) -> Tensor:
-    """Which embedding channels of each window stay, bool (B, D): exactly round(share * D) of them do not.
+def channel_masks(count: int, width: int, share: float, generator: torch.Generator) -> Tensor:
+    """Masks of embedding channels, bool (count, D): of each, exactly round(share * D) random channels do not stay.
 
-    One mask serves all frames of a window: the paper's in-frame erasing (Eq. 4, 5), done in a feature cache.
+    A window takes one for all its frames: the paper's in-frame erasing (Eq. 4, 5), done in a feature cache.
     """
-    erased = round(share * width)
-    if erased == 0:
-        return torch.ones(num_windows, width, dtype=torch.bool)
-    # A random word per channel; its last bits are the channel's number, so that no two of a window are alike.
-    seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    pairs = np.random.SFC64(seed).random_raw(-(-num_windows * width // 2))  # numpy draws twice as fast
-    words = pairs.view(np.int32)[: num_windows * width].reshape(num_windows, width)
-    words = words & -(1 << (width - 1).bit_length()) | np.arange(width, dtype=np.int32)
-    greatest_erased = np.partition(words, erased - 1, axis=1)[:, erased - 1 : erased]
-    return torch.from_numpy(words > greatest_erased)
+    ranks = torch.rand(count, width, generator=generator).argsort(dim=1, stable=True)  # alike on every processor
+    return ranks >= round(share * width)
 
 
 def erase_channels(embeddings: Tensor, keep: Tensor) -> Tensor:

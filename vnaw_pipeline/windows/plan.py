@@ -53,9 +53,8 @@ def window_rows(plan: WindowPlan, first: Tensor, window_frames: int, zero_row: i
 
     `first` is int64 (V + 1,), the bank row of each video's first frame.
     """
-    positions = plan.start[:, None] + torch.arange(window_frames, device=plan.start.device)
-    rows = first[plan.video][:, None] + positions
-    return torch.where(rows < first[plan.video + 1][:, None], rows, zero_row)
+    rows = (first[plan.video] + plan.start)[:, None] + torch.arange(window_frames, device=plan.start.device)
+    return rows.masked_fill_(rows >= first[plan.video + 1][:, None], zero_row)
 
 
 def of_rows(table: Tensor, rows: Tensor) -> Tensor:
