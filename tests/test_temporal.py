@@ -4,6 +4,7 @@ What must not be seen is compared exactly. Elsewhere the same float32 sums run i
 and 1e-5 absolute.
 """
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -20,9 +21,12 @@ from vnaw_pipeline.temporal import (
     TCN_KERNEL,
     ConvolutionBlock,
     Dropout,
+    MergedAttention,
+    SelfAttention,
     TemporalModel,
     attention,
     dropout,
+    for_prediction,
     kept_bytes,
     rotate,
     sinusoidal_positions,
@@ -70,6 +74,47 @@ def test_numbers_and_names_are_those_of_torchs_encoder(position: str, causal: bo
     unseen = unseen & ~torch.eye(9, dtype=torch.bool)
     wanted = model.head(torchs(hidden, mask=unseen.repeat_interleave(heads, dim=0)))
     torch.testing.assert_close(model(frames, valid), wanted, rtol=1e-4, atol=1e-5)
+
+
+@every_variant
+def test_windows_that_overlap_are_answered_from_their_frames_as_each_alone_is(variant: dict[str, Any]) -> None:
+    model = model_of(**variant)
+    (frames,), (valid,) = random_windows(0, num_frames=20, num_windows=1)
+    places = torch.arange(3)[:, None] * 5 + torch.arange(9)
+    wanted = torch.cat([model(frames[at][None], valid[at][None]) for at in places])
+    torch.testing.assert_close(model(frames, valid, places), wanted, rtol=1e-4, atol=1e-5)
+
+
+@every_variant
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_copy_for_prediction_answers_as_the_model_does(variant: dict[str, Any], heads: int) -> None:
+    model = model_of(heads=heads, **variant)
+    for parameter in model.parameters():  # biases start at 0, where a lost one would not show
+        nn.init.normal_(parameter, std=0.3)
+    before = copy.deepcopy(model.state_dict())
+    frames, valid = random_windows(0, num_windows=8)
+    valid[0] = False
+    merged = for_prediction(model.train())
+    assert model.training
+    assert not merged.training
+    assert [type(layer.self_attn) for layer in merged.encoder.layers] == [
+        MergedAttention if heads == 1 and variant["position"] != "rotary" else SelfAttention
+    ] * 2
+    # float32 has seven digits, of which sums over 16 channels, 9 frames and two layers take two.
+    torch.testing.assert_close(merged(frames, valid), model.eval()(frames, valid), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_copy_for_prediction_is_as_close_in_bf16_as_the_model() -> None:
+    """Scores of some 50 windows of 100 frames and the width of the default model, against the model in float64."""
+    torch.manual_seed(0)
+    model = TemporalModel(32, 8, TemporalConfig(layers=2, dropout=0.0)).eval()
+    frames, valid = torch.randn(50, 100, 32), torch.rand(50, 100) < 0.9
+    with torch.inference_mode():
+        wanted = copy.deepcopy(model).double()(frames.double(), valid)
+        with torch.autocast("cpu", torch.bfloat16):
+            errors = [(each(frames, valid) - wanted).abs().mean() for each in (for_prediction(model), model)]
+    assert errors[0] < 1.2 * errors[1]
 
 
 def test_start_values_are_torchs() -> None:

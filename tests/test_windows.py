@@ -244,8 +244,16 @@ def test_stitching_gives_every_frame_its_own_answer(lengths: list[int], stride: 
     tasks = [TASKS["negative4"], TASKS["va"]]
     windows = WindowConfig(window_frames=P, predict_stride=stride)
 
-    def forward(embeddings: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        assert len(embeddings), "no model takes a batch of nothing, as a process without a window would have it"
+    def forward(embeddings: torch.Tensor, valid: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        assert len(places), "no model takes a batch of nothing, as a process without a window would have it"
+        assert places.unique().tolist() == [*range(len(embeddings))], (
+            "a frame comes once, however many windows it is in"
+        )
+        assert not embeddings[~valid].any()
+        assert valid[embeddings[:, 0] > 0].all()
+        return answers(embeddings)[places]
+
+    def answers(embeddings: torch.Tensor) -> torch.Tensor:
         return embeddings.float() * torch.tensor([0.01, 0.0, -0.01, 0.02, 0.01, -0.01])
 
     shares = []
@@ -271,7 +279,7 @@ def test_stitching_gives_every_frame_its_own_answer(lengths: list[int], stride: 
     total = sum(shares[0::2])
     counts = sum(shares[1::2])
     found = (total / counts[:, None])[:-1]
-    logits = forward(bank.embeddings, bank.valid)[:-1]
+    logits = answers(bank.embeddings)[:-1]
     wanted = torch.cat([logits[:, :4].softmax(dim=1), logits[:, 4:].tanh()], dim=1)
     torch.testing.assert_close(found, wanted)
 

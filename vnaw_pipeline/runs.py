@@ -18,7 +18,7 @@ from vnaw_pipeline.features.store import FeatureStore, what_to_set
 from vnaw_pipeline.locations import Location, location
 from vnaw_pipeline.provenance import differences, environment, flat, utc_now, write_json, write_text
 from vnaw_pipeline.tasks import TASKS, Task
-from vnaw_pipeline.temporal import TemporalModel
+from vnaw_pipeline.temporal import TemporalModel, for_prediction
 
 
 def lasting_settings(config: PipelineConfig, sections: set[str]) -> dict[str, Any]:
@@ -202,4 +202,4 @@ def open_run(path: str | Path, predictions: str | Location | None = None) -> Run
         model.load_state_dict(tensors)
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder.best} does not fit the config it carries: {error}") from error
-    return Run(folder, TASKS[config.task], config, model.eval(), header)
+    return Run(folder, TASKS[config.task], config, for_prediction(model), header)

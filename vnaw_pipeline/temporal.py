@@ -33,14 +33,18 @@ class TemporalModel(nn.Module):
         self.head = nn.Linear(config.width, num_classes)
         self.config = config
 
-    def forward(self, embeddings: Tensor, valid: Tensor) -> Tensor:
-        """Logits (B, P, K) from embeddings (B, P, D) and valid (B, P).
+    def forward(self, embeddings: Tensor, valid: Tensor, places: Tensor | None = None) -> Tensor:
+        """Logits (B, P, K) from embeddings (B, P, D) and valid (B, P); or, of windows that overlap, from their frames
+        (U, D) and (U,), each of which is then projected once, and the windows' places among them, `places` (B, P).
 
         A frame that is not valid is seen by no other frame; what the model says at its place means nothing. A window
         without any valid frame gives finite logits.
         """
-        embeddings = embeddings.masked_fill(~valid[:, :, None], 0)  # NaN would pass a mask of attention as NaN * 0
+        embeddings = embeddings.masked_fill(~valid[..., None], 0)  # NaN would pass a mask of attention as NaN * 0
         hidden = self.projection(embeddings.to(self.projection.weight.dtype))
+        if places is not None:
+            hidden = hidden.index_select(0, places.flatten()).view(*places.shape, -1)
+            valid = valid[places]
         for block in self.tcn:
             hidden = block(hidden, valid)
         if self.config.position == "sinusoidal":
@@ -105,7 +109,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: TemporalConfig) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(config)
+        self.self_attn: SelfAttention | MergedAttention = SelfAttention(config)
         self.linear1 = nn.Linear(config.width, config.feed_forward)
         self.linear2 = nn.Linear(config.feed_forward, config.width)
         self.norm1 = nn.LayerNorm(config.width)
@@ -146,6 +150,49 @@ class SelfAttention(nn.Module):
         attended = attention(query, key, value, seen, self.dropout if self.training else 0.0)
         out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
         return out
+
+    def merged(self) -> "SelfAttention | MergedAttention":
+        """The same for evaluation, with half the projections if it has one head and no rotary positions."""
+        return self if self.heads > 1 or self.rotary else MergedAttention(self)
+
+
+class MergedAttention(nn.Module):
+    """What `SelfAttention` of one head answers in evaluation, with two projections where it has four.
+
+    A score is (Q x + q)·(K y + k) of a frame x that looks at y. Its terms without y are alike for all y, so softmax
+    does not see them; what is left is (K'Q x + K'q)·y. The weights of a frame add up to one, so value and output
+    projections are one too. Both products, and the scale of the scores, are made once, in float64.
+    """
+
+    def __init__(self, of: SelfAttention) -> None:
+        super().__init__()
+        query, key, value = of.in_proj_weight.detach().double().chunk(3)
+        query_bias, _, value_bias = of.in_proj_bias.detach().double().chunk(3)
+        out, out_bias = of.out_proj.weight.detach().double(), of.out_proj.bias.detach().double()
+        key = key * len(key) ** -0.5
+        self.query = _linear_of(key.T @ query, key.T @ query_bias)
+        self.out_proj = _linear_of(out @ value, out @ value_bias + out_bias)
+
+    def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
+        """As that of `SelfAttention`."""
+        scores = (self.query(hidden) @ hidden.transpose(1, 2)).masked_fill_(~seen[:, 0], -math.inf)
+        out: Tensor = self.out_proj(scores.softmax(dim=-1) @ hidden)
+        return out
+
+
+def _linear_of(weight: Tensor, bias: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight.float()), nn.Parameter(bias.float())
+    return linear
+
+
+def for_prediction(model: TemporalModel) -> TemporalModel:
+    """A copy in evaluation that gives the same answers, in .7 of the time with the default sizes, see `merged`."""
+    copied = copy.deepcopy(model).eval()
+    for layer in copied.encoder.modules():
+        if isinstance(layer, EncoderLayer) and isinstance(layer.self_attn, SelfAttention):
+            layer.self_attn = layer.self_attn.merged()
+    return copied.requires_grad_(False)
 
 
 class Dropout(nn.Module):

@@ -36,7 +36,7 @@ from vnaw_pipeline.features.views import PLAIN
 from vnaw_pipeline.prediction.predict import predict_videos
 from vnaw_pipeline.processes import keep_freed_memory, process_state, put
 from vnaw_pipeline.tasks import IGNORE_LABEL
-from vnaw_pipeline.temporal import TemporalModel
+from vnaw_pipeline.temporal import TemporalModel, for_prediction
 from vnaw_pipeline.training.labels import LabelledBank
 from vnaw_pipeline.training.windows import Drawing, gather_draw, train_windows
 from vnaw_pipeline.windows.batches import WindowBatch
@@ -170,7 +170,7 @@ def measure_prediction(work: Path, size: Size) -> list[Figure]:
     num_windows = len(plan_windows(lengths, _WINDOWS.window_frames, _WINDOWS.predict_stride))
     batch = config.predict.batch_windows
     device = process_state().device
-    model = TemporalModel(store.embedding_dim, len(TASK.outputs), size.temporal).eval().to(device)
+    model = for_prediction(TemporalModel(store.embedding_dim, len(TASK.outputs), size.temporal)).to(device)
     embeddings = torch.randn(batch, _WINDOWS.window_frames, store.embedding_dim).half().to(device)
     valid = torch.ones(batch, _WINDOWS.window_frames, dtype=torch.bool, device=device)
 

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from vnaw_pipeline.config import PredictConfig, WindowConfig
 from vnaw_pipeline.features.bank import FeatureBank
+from vnaw_pipeline.features.views import PLAIN
 from vnaw_pipeline.processes import put
 from vnaw_pipeline.stages import Bar
 from vnaw_pipeline.tasks import Task, output_columns
-from vnaw_pipeline.windows.batches import gather_windows
+from vnaw_pipeline.windows.batches import gather_view
 from vnaw_pipeline.windows.plan import plan_windows, window_rows
 
-Forward = Callable[[Tensor, Tensor], Tensor]
-"""Embeddings (B, P, D) and valid (B, P) -> logits (B, P, C)."""
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Embeddings (U, D) and valid (U,) of frames and their places (B, P) in windows -> logits (B, P, C)."""
 
 
 @torch.inference_mode()
@@ -35,20 +36,20 @@ def stitch_predictions(
 ) -> Tensor:
     """Mean over windows of what `predictions_of` makes of every frame of the bank, float32 (N, C).
 
-    Each process takes every `num_processes`-th window; `reduce_sum` adds up their tensors. Rows of frames that are
-    not valid are what the model made of an empty place; fill them with `fill_gaps`.
+    Each process takes windows in a row; `reduce_sum` adds up their tensors. Rows of frames that are not valid are what
+    the model made of an empty place; fill them with `fill_gaps`.
     """
     plan = plan_windows(bank.num_frames.cpu(), windows.window_frames, windows.predict_stride)
     device, first = bank.device, bank.first.cpu()
     total = torch.zeros(bank.zero_row + 1, sum(len(task.outputs) for task in tasks), device=device)
     counts = torch.zeros(bank.zero_row + 1, device=device)
-    mine = torch.arange(len(plan))[process_index::num_processes]
+    mine = torch.arange(len(plan)).tensor_split(num_processes)[process_index]
     for chosen in torch.split(mine, config.batch_windows) if len(mine) else ():  # more processes than windows
-        of_batch = plan.select(chosen)
-        rows = window_rows(of_batch, first, windows.window_frames, bank.zero_row)
-        batch = gather_windows(bank, {}, rows, of_batch.video)
+        rows = window_rows(plan.select(chosen), first, windows.window_frames, bank.zero_row)
+        frames, places = torch.unique(rows, return_inverse=True)  # windows overlap
+        valid = bank.valid.index_select(0, put(frames, device))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            logits = forward(batch.embeddings, batch.valid)
+            logits = forward(gather_view(bank, PLAIN, frames), valid, put(places, device))
         predictions = predictions_of(logits.float(), tasks)
         flat = put(rows.flatten(), device)
         total.index_add_(0, flat, predictions.flatten(0, 1))

@@ -33,7 +33,7 @@ from vnaw_pipeline.processes import agree, process_state, put, sum_over_processe
 from vnaw_pipeline.provenance import digest_bytes
 from vnaw_pipeline.stages import StageReport
 from vnaw_pipeline.tasks import IGNORE_LABEL, TASKS, TaskName, output_columns
-from vnaw_pipeline.temporal import TemporalModel, kept_bytes
+from vnaw_pipeline.temporal import TemporalModel, for_prediction, kept_bytes
 from vnaw_pipeline.training.labels import LabelledBank, open_labelled_bank
 from vnaw_pipeline.training.loop import Optimisation, Recipe, begin_run, fit, seed_of, split_step
 from vnaw_pipeline.windows.augment import (
@@ -422,12 +422,12 @@ def _objective(
 
 
 def _evaluate(
-    validation: LabelledBank, config: PipelineConfig, without_any: npt.NDArray[np.float32], model: nn.Module
+    validation: LabelledBank, config: PipelineConfig, without_any: npt.NDArray[np.float32], model: TemporalModel
 ) -> dict[str, float]:
     """Score every labelled validation frame once for each task, finished as predictions are (gaps filled, smoothed)."""
     state = process_state()
     raw = stitch_predictions(
-        model,
+        for_prediction(model),
         validation.bank,
         config.tasks,
         config.windows,

@@ -59,7 +59,7 @@ def gather_windows(
 
 
 def gather_view(bank: FeatureBank, view: str, rows: Tensor) -> Tensor:
-    """Embeddings (B, P, D), on the bank's device, of bank rows (B, P), on the host, in one view."""
+    """Embeddings (..., D), on the bank's device, of bank rows (...), on the host, in one view."""
     table = bank.view(view)
     if table.device == bank.device:
         found = table.index_select(0, put(rows.flatten(), bank.device))
