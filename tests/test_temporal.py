@@ -96,7 +96,7 @@ def test_the_copy_for_prediction_answers_as_the_model_does(variant: dict[str, An
     valid[0] = False
     merged = for_prediction(model.train())
     assert model.training
-    assert not merged.training
+    assert not any(module.training for module in merged.modules())
     assert [type(layer.self_attn) for layer in merged.encoder.layers] == [
         MergedAttention if heads == 1 and variant["position"] != "rotary" else SelfAttention
     ] * 2
@@ -106,15 +106,18 @@ def test_the_copy_for_prediction_answers_as_the_model_does(variant: dict[str, An
 
 
 def test_the_copy_for_prediction_is_as_close_in_bf16_as_the_model() -> None:
-    """Scores of some 50 windows of 100 frames and the width of the default model, against the model in float64."""
+    """Windows of 100 frames and the width of the default model, against float64; attention is made as sharp as
+    training makes it. Scores are rounded where they are not inside PyTorch's own attention, hence a bound above 1."""
     torch.manual_seed(0)
     model = TemporalModel(32, 8, TemporalConfig(layers=2, dropout=0.0)).eval()
+    for layer in model.encoder.layers:
+        layer.self_attn.in_proj_weight.data[:1024] *= 4
     frames, valid = torch.randn(50, 100, 32), torch.rand(50, 100) < 0.9
     with torch.inference_mode():
         wanted = copy.deepcopy(model).double()(frames.double(), valid)
         with torch.autocast("cpu", torch.bfloat16):
             errors = [(each(frames, valid) - wanted).abs().mean() for each in (for_prediction(model), model)]
-    assert errors[0] < 1.2 * errors[1]
+    assert errors[0] < 1.4 * errors[1]
 
 
 def test_start_values_are_torchs() -> None:

@@ -126,7 +126,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run, open for prediction: the best model in eval mode, and the header of its checkpoint.
+    """A trained run, open for prediction: the best model, as `for_prediction` makes it, and its checkpoint's header.
 
     `task` is the main one; the model's outputs are those of `config.tasks`, side by side.
     """

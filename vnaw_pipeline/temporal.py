@@ -7,6 +7,7 @@ parameters, start values and numbers are those of torch's.
 """
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -152,7 +153,8 @@ class SelfAttention(nn.Module):
         return out
 
     def merged(self) -> "SelfAttention | MergedAttention":
-        """The same for evaluation, with half the projections if it has one head and no rotary positions."""
+        """The same for evaluation, with half the projections if it has one head and no rotary positions; a forward pass
+        of the default model then takes .7 of the time."""
         return self if self.heads > 1 or self.rotary else MergedAttention(self)
 
 
@@ -187,12 +189,13 @@ def _linear_of(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def for_prediction(model: TemporalModel) -> TemporalModel:
-    """A copy in evaluation that gives the same answers, in .7 of the time with the default sizes, see `merged`."""
-    copied = copy.deepcopy(model).eval()
+    """A copy in evaluation, which shares the weights that it does not merge, and answers as the model does."""
+    weights = itertools.chain(model.parameters(), model.buffers())
+    copied = copy.deepcopy(model, {id(weight): weight for weight in weights})
     for layer in copied.encoder.modules():
         if isinstance(layer, EncoderLayer) and isinstance(layer.self_attn, SelfAttention):
             layer.self_attn = layer.self_attn.merged()
-    return copied.requires_grad_(False)
+    return copied.eval()
 
 
 class Dropout(nn.Module):

@@ -171,14 +171,17 @@ def measure_prediction(work: Path, size: Size) -> list[Figure]:
     batch = config.predict.batch_windows
     device = process_state().device
     model = for_prediction(TemporalModel(store.embedding_dim, len(TASK.outputs), size.temporal)).to(device)
-    embeddings = torch.randn(batch, _WINDOWS.window_frames, store.embedding_dim).half().to(device)
-    valid = torch.ones(batch, _WINDOWS.window_frames, dtype=torch.bool, device=device)
+    stride, window_frames = _WINDOWS.predict_stride, _WINDOWS.window_frames
+    places = (torch.arange(batch)[:, None] * stride + torch.arange(window_frames)).to(device)
+    embeddings = torch.randn(int(places[-1, -1]) + 1, store.embedding_dim).half().to(device)
+    valid = torch.ones(len(embeddings), dtype=torch.bool, device=device)
 
     @torch.inference_mode()
     def forward() -> None:
         for start in range(0, num_windows, batch):
             count = min(batch, num_windows - start)
-            model(embeddings[:count], valid[:count])
+            frames = (count - 1) * stride + window_frames
+            model(embeddings[:frames], valid[:frames], places[:count])
 
     def predict(split: str) -> float:
         return seconds(lambda: predict_videos(manifest, store.path, run.path, split))

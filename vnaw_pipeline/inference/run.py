@@ -179,15 +179,17 @@ def infer_videos(
 
 def _settings(models: Models) -> str:
     """Digest of everything but the input that makes the results what they are."""
-    heads = [head for head in (models.encoder.head, models.run.model if models.run else None) if head is not None]
-    tensors = [tensor.cpu().numpy().tobytes() for head in heads for tensor in head.state_dict().values()]
+    tensors = models.encoder.head.state_dict().values() if models.encoder.head is not None else []
+    weights = [tensor.cpu().numpy().tobytes() for tensor in tensors]
+    if models.run is not None:
+        weights.append(models.run.folder.best.read_bytes())
     named = [
         environment()["vnaw-pipeline"],
         models.config.model_dump(mode="json"),
         crop_settings(models.detector, models.config.crop),
         models.encoder.fingerprint(),
     ]
-    return digest_bytes(json.dumps(named).encode(), *tensors)
+    return digest_bytes(json.dumps(named).encode(), *weights)
 
 
 def _digest_of(path: Path) -> str:

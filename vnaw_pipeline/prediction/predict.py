@@ -27,7 +27,14 @@ from vnaw_pipeline.locations import Location, location
 from vnaw_pipeline.manifests import read_manifest
 from vnaw_pipeline.prediction.finish import finish_answers
 from vnaw_pipeline.prediction.stitch import stitch_predictions
-from vnaw_pipeline.processes import agree, keep_freed_memory, meet, process_state, sum_over_processes
+from vnaw_pipeline.processes import (
+    agree,
+    give_back_freed_memory,
+    keep_freed_memory,
+    meet,
+    process_state,
+    sum_over_processes,
+)
 from vnaw_pipeline.provenance import atomic_path, digest_bytes
 from vnaw_pipeline.runs import open_run
 from vnaw_pipeline.stages import StageReport, progress_bar
@@ -88,6 +95,7 @@ def predict_videos(
         keep_freed_memory()
 
     def predict_part(part: slice) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], Tensor]:
+        give_back_freed_memory()
         bank = open_bank(store, video_ids[part], shown=False, device=state.device)
         stitched = stitch_predictions(
             model,

@@ -301,7 +301,7 @@ class Drawing:
 
     def steps(self, epoch: int) -> Iterator[list[WindowDraw]]:
         """This process's parts of an epoch's steps. Every process draws all windows and their frames alike, since the
-        step's units are counted in them, and of what follows the blocks that its share touches."""
+        step's units are counted in them, and the epoch's masks; of what follows the blocks that its share touches."""
         state = process_state()
         config, windows = self.config, self.config.windows
         generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))

@@ -85,8 +85,8 @@ def channel_masks(count: int, width: int, share: float, generator: torch.Generat
 
     A window takes one for all its frames: the paper's in-frame erasing (Eq. 4, 5), done in a feature cache.
     """
-    ranks = torch.rand(count, width, generator=generator).argsort(dim=1, stable=True)  # alike on every processor
-    return ranks >= round(share * width)
+    order = torch.rand(count, width, generator=generator).argsort(dim=1, stable=True)  # alike on every processor
+    return order >= round(share * width)
 
 
 def erase_channels(embeddings: Tensor, keep: Tensor) -> Tensor:
