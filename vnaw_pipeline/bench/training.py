@@ -156,7 +156,8 @@ def measure_training(work: Path, size: Size) -> list[Figure]:
 
 
 def measure_prediction(work: Path, size: Size) -> list[Figure]:
-    """The stage `predict`, from opening the store to writing tables, against the bare forward pass of as many windows.
+    """The stage `predict`, from opening the store to writing tables, against the bare forward pass of as many windows
+    that overlap alike.
 
     The same for a single short video, which is what starting takes, is taken off the stage.
     """

@@ -118,6 +118,7 @@ def predict_videos(
     with progress_bar("predict", num_windows // state.num_processes, "windows", state.is_main_process) as bar:
         # in a function of its own, so that the embeddings of one part are gone before those of the next are read
         parts = [predict_part(part) for part in parts_of_videos(lengths, FRAMES_AT_ONCE)]
+    give_back_freed_memory()
     raws, finals, valid = zip(*parts, strict=True)
     if state.is_main_process:
         frames = _without_embeddings(video_ids, lengths, torch.cat(valid))
