@@ -77,12 +77,16 @@ def test_numbers_and_names_are_those_of_torchs_encoder(position: str, causal: bo
 
 
 @every_variant
-def test_windows_that_overlap_are_answered_from_their_frames_as_each_alone_is(variant: dict[str, Any]) -> None:
-    model = model_of(**variant)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_windows_that_overlap_are_answered_from_their_frames_as_each_alone_is(
+    variant: dict[str, Any], heads: int
+) -> None:
+    model = model_of(heads=heads, **variant)
     (frames,), (valid,) = random_windows(0, num_frames=20, num_windows=1)
     places = torch.arange(3)[:, None] * 5 + torch.arange(9)
     wanted = torch.cat([model(frames[at][None], valid[at][None]) for at in places])
-    torch.testing.assert_close(model(frames, valid, places), wanted, rtol=1e-4, atol=1e-5)
+    for each in (model, for_prediction(model)):
+        torch.testing.assert_close(each(frames, valid, places), wanted, rtol=1e-4, atol=1e-5)
 
 
 @every_variant

@@ -36,7 +36,8 @@ class TemporalModel(nn.Module):
 
     def forward(self, embeddings: Tensor, valid: Tensor, places: Tensor | None = None) -> Tensor:
         """Logits (B, P, K) from embeddings (B, P, D) and valid (B, P); or, of windows that overlap, from their frames
-        (U, D) and (U,), each of which is then projected once, and the windows' places among them, `places` (B, P).
+        (U, D) and (U,), and the windows' places among them, `places` (B, P). What depends on a frame alone, up to the
+        projections of the first layer, is then made once for each.
 
         A frame that is not valid is seen by no other frame; what the model says at its place means nothing. A window
         without any valid frame gives finite logits.
@@ -44,15 +45,21 @@ class TemporalModel(nn.Module):
         embeddings = embeddings.masked_fill(~valid[..., None], 0)  # NaN would pass a mask of attention as NaN * 0
         hidden = self.projection(embeddings.to(self.projection.weight.dtype))
         if places is not None:
-            hidden = hidden.index_select(0, places.flatten()).view(*places.shape, -1)
             valid = valid[places]
+            if self.tcn or self.config.position == "sinusoidal":  # a frame is not alike in all its windows
+                hidden, places = windows_of(hidden, places), None
         for block in self.tcn:
             hidden = block(hidden, valid)
         if self.config.position == "sinusoidal":
             hidden = hidden + sinusoidal_positions(hidden.shape[1], hidden.shape[2], hidden.device).to(hidden)
-        hidden = self.encoder(hidden, attention_mask(valid, causal=self.config.causal))
+        hidden = self.encoder(hidden, attention_mask(valid, causal=self.config.causal), places)
         logits: Tensor = self.head(hidden)
         return logits
+
+
+def windows_of(frames: Tensor, places: Tensor | None) -> Tensor:
+    """Windows (B, P, W) of frames (U, W); without `places` (B, P) they are windows already."""
+    return frames if places is None else frames.index_select(0, places.flatten()).view(*places.shape, -1)
 
 
 def kept_bytes(config: TemporalConfig, num_frames: int) -> int:
@@ -98,10 +105,11 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList([first, *(copy.deepcopy(first) for _ in range(config.layers - 1))])
         self.drop_path = config.drop_path
 
-    def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
-        """(B, P, W) from (B, P, W) and the attention mask (B, 1, P, P)."""
+    def forward(self, hidden: Tensor, seen: Tensor, places: Tensor | None = None) -> Tensor:
+        """(B, P, W) from (B, P, W), or from frames (U, W) and their `places`, and the attention mask (B, 1, P, P)."""
         for depth, layer in enumerate(self.layers, start=1):
-            hidden = layer(hidden, seen, self.drop_path * depth / len(self.layers))
+            hidden = layer(hidden, seen, self.drop_path * depth / len(self.layers), places)
+            places = None  # of windows
         return hidden
 
 
@@ -117,11 +125,12 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(config.width)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, hidden: Tensor, seen: Tensor, drop_path: float) -> Tensor:
-        """(B, P, W) from (B, P, W); `drop_path` is the chance that a window passes by each part in training."""
+    def forward(self, hidden: Tensor, seen: Tensor, drop_path: float, places: Tensor | None = None) -> Tensor:
+        """(B, P, W) from (B, P, W), or from frames (U, W) and their `places`; `drop_path` is the chance that a window
+        passes by each part in training."""
         drop_path = drop_path if self.training else 0.0
-        attended = self.dropout(self.self_attn(hidden, seen))
-        hidden = self.norm1(hidden + stochastic_depth(attended, drop_path))
+        attended = self.dropout(self.self_attn(hidden, seen, places))
+        hidden = self.norm1(windows_of(hidden, places) + stochastic_depth(attended, drop_path))
         widened = self.dropout.of_relu(self.linear1(hidden))
         out: Tensor = self.norm2(hidden + stochastic_depth(self.dropout(self.linear2(widened)), drop_path))
         return out
@@ -141,10 +150,11 @@ class SelfAttention(nn.Module):
         self.dropout = config.dropout
         self.rotary = config.position == "rotary"
 
-    def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
-        """(B, P, W) from (B, P, W); `seen` (B, 1, P, P) is true where a frame (row) may look at a frame (column)."""
-        projected = F.linear(hidden, self.in_proj_weight, self.in_proj_bias)
-        of_heads = projected.view(*hidden.shape[:2], 3, self.heads, -1)
+    def forward(self, hidden: Tensor, seen: Tensor, places: Tensor | None = None) -> Tensor:
+        """(B, P, W) from (B, P, W), or from frames (U, W) and their `places`; `seen` (B, 1, P, P) is true where a frame
+        (row) may look at a frame (column)."""
+        projected = windows_of(F.linear(hidden, self.in_proj_weight, self.in_proj_bias), places)
+        of_heads = projected.view(*projected.shape[:2], 3, self.heads, -1)
         query, key, value = of_heads.permute(2, 0, 3, 1, 4)  # each (B, H, P, W / H)
         if self.rotary:
             query, key = rotate(query), rotate(key)
@@ -173,12 +183,13 @@ class MergedAttention(nn.Module):
         out, out_bias = of.out_proj.weight.detach().double(), of.out_proj.bias.detach().double()
         key = key * len(key) ** -0.5
         self.query = _linear_of(key.T @ query, key.T @ query_bias)
-        self.out_proj = _linear_of(out @ value, out @ value_bias + out_bias)
+        self.value = _linear_of(out @ value, out @ value_bias + out_bias)
 
-    def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, seen: Tensor, places: Tensor | None = None) -> Tensor:
         """As that of `SelfAttention`."""
-        scores = (self.query(hidden) @ hidden.transpose(1, 2)).masked_fill_(~seen[:, 0], -math.inf)
-        out: Tensor = self.out_proj(scores.softmax(dim=-1) @ hidden)
+        query, key, value = (windows_of(of, places) for of in (self.query(hidden), hidden, self.value(hidden)))
+        scores = (query @ key.transpose(1, 2)).masked_fill_(~seen[:, 0], -math.inf)
+        out: Tensor = scores.softmax(dim=-1) @ value
         return out
 
 
