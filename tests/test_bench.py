@@ -130,11 +130,13 @@ def test_synthetic_videos_have_the_sizes_of_aff_wild2() -> None:
     assert (lengths.min(), lengths.max()) == (73, 47_435)
     assert np.median(lengths) == pytest.approx(4_002, rel=0.01)
     assert lengths.sum() == pytest.approx(2_700_000, rel=0.02)
-    assert [sum(video.split == split for video in videos) for split in ("train", "validation", "test")] == [
-        250,
-        70,
-        228,
-    ]
+    of_split = {
+        split: [video.num_frames for video in videos if video.split == split]
+        for split in ("train", "validation", "test")
+    }
+    assert [len(of_split[split]) for split in of_split] == [250, 70, 228]
+    assert sum(of_split["validation"]) == pytest.approx(453_535, rel=0.02)
+    assert sum(of_split["test"]) == pytest.approx(1_022_655, rel=0.01)
     for num_videos in range(3, 30):
         assert {video.split for video in make_videos(num_videos)} == {"train", "validation", "test"}
 
