@@ -63,7 +63,7 @@ def test_crossval_trains_and_scores_every_fold_and_a_rerun_does_nothing(
     (tmp_path / "out" / "fold1" / "scores.json").unlink()
     (tmp_path / "out" / "official" / "checkpoint" / "best.safetensors").unlink()  # a finished run is not opened again
     again = run_command("crossval", drawn, drawn_store, config, tmp_path)
-    assert "crossval: 1 runs done, 2 skipped" in again.output, again.output
+    assert "crossval: 1 run done, 2 skipped" in again.output, again.output
     assert (tmp_path / "out" / "table.md").read_text() == text
     other = config.model_copy(update={"seed": 9})
     refused = run_command("crossval", drawn, drawn_store, other, tmp_path)

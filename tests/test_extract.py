@@ -187,7 +187,10 @@ def test_other_weights_or_settings_are_refused(
     for change, words in (
         ({"seed": 1}, "weights: found"),
         ({"encoder": tiny_config.encoder.model_copy(update={"mean": (0.5, 0.5, 0.5)})}, "mean: found"),
-        ({"extract": tiny_config.extract.model_copy(update={"crop_set": "other"})}, "crops: found 'cropped_aligned'"),
+        (
+            {"extract": tiny_config.extract.model_copy(update={"crop_set": "other"})},
+            "alike, --set extract.crop_set=cropped_aligned",
+        ),
         ({"extract": tiny_config.extract.model_copy(update={"precision": "bf16"})}, "precision: found 'fp32'"),
     ):
         with pytest.raises(StoreError, match=words):

@@ -164,7 +164,7 @@ def test_more_processes_than_chunks_leave_one_without_work(
     port = free_port()
     (code, said, errors), (other, _, _) = ends([start(index, 2, line, port=port) for index in range(2)])
     assert (code, other) == (0, 0), errors
-    assert "extract: 1 chunks done" in said
+    assert "extract: 1 chunk done" in said
     found, wanted = (open_store(path).embeddings(video.video_id[0]) for path in (tmp_path / "s", drawn_store))
     assert found.tobytes() == wanted.tobytes()
 

@@ -94,7 +94,8 @@ class StageReport:
 
     def summary(self) -> str:
         """The stage's last line: done, skipped, failed, rate, time."""
-        parts = [f"{self.stage}: {self.done} {self.units} done", f"{self.skipped} skipped"]
+        units = self.units.removesuffix("s") if self.done == 1 else self.units
+        parts = [f"{self.stage}: {self.done} {units} done", f"{self.skipped} skipped"]
         failed = f"{len({failure.video_id for failure in self.failures})} with failures"
         if self.failures and self.status_path is not None:
             failed += f" (see {self.status_path})"

@@ -339,10 +339,14 @@ def create_store(
 
 
 def what_to_set(made: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """A sentence with the options that make features as `made` was, where the defaults chose other ones `here`."""
-    unlike = [key for key in ("backend", "precision") if key in made and made[key] != here.get(key)]
-    options = [f"--set extract.{key}={made[key]}" for key in unlike]
-    return f" Here that takes {' '.join(options)}." if options else ""
+    """Sentences with the options that make features as `made` was, where the defaults or the crops' names gave other
+    ones `here`."""
+    unlike = [key for key in ("backend", "precision", "crops") if key in made and made[key] != here.get(key)]
+    options = [f"--set extract.{key}={made[key]}" for key in unlike if key != "crops"]
+    said = f" Here that takes {' '.join(options)}." if options else ""
+    if "crops" in unlike:
+        said += f" Where the crops are cut alike, --set extract.crop_set={made['crops']} in `vnaw extract` says so."
+    return said
 
 
 def open_store(path: str | Location, read_only: bool = True) -> FeatureStore:
