@@ -71,8 +71,8 @@ def test_rows_stop_at_the_end_of_the_video() -> None:
     assert plan.video.tolist() == [0, 1, 1]
     assert rows[0].tolist() == [*range(8), *[38] * 12]
     assert rows[2].tolist() == list(range(18, 38))
-    batch = gather_windows(bank, {}, rows, plan.video)
-    assert batch.frame_index[0].tolist() == [*range(8), *[-1] * 12]
+    batch = gather_windows(bank, {}, rows)
+    assert torch.equal(batch.rows, rows)
     assert not batch.valid[0, 8:].any()
     assert (batch.embeddings[0, 8:] == 0).all()
 
@@ -93,7 +93,7 @@ def test_window_labels_majority_ties_and_none() -> None:
 def test_labelled_share_counts_frames_of_the_video_only() -> None:
     labels = torch.tensor([[1, -1, -1, -1], [1, 1, -1, -1]])
     inside = torch.tensor([[True, True, False, False], [True, True, True, True]])
-    assert labelled_share(labels, inside).tolist() == [0.5, 0.5]
+    assert labelled_share(labels != IGNORE_LABEL, inside).tolist() == [0.5, 0.5]
 
 
 def test_balanced_weights_draw_classes_alike() -> None:
@@ -116,29 +116,30 @@ def test_labels_travel_with_their_frames(mode: str, seed: int) -> None:
     row_labels[-1] = IGNORE_LABEL
     plan = plan_windows(bank.num_frames, P, 10)
     skip = SkipConfig.model_validate({"mode": mode})
-    rows = skip_frames(plan, bank.first, row_labels, P, skip, torch.Generator().manual_seed(seed))
-    batch = gather_windows(bank, {"expr8": row_labels}, rows, plan.video)
+    rows = skip_frames(plan, bank.first, row_labels >= 0, P, skip, torch.Generator().manual_seed(seed))
+    batch = gather_windows(bank, {"expr8": row_labels}, rows)
     labels = batch.labels["expr8"]
-    inside = batch.frame_index >= 0
-    frame_rows = bank.first[batch.video][:, None] + batch.frame_index
-    assert (labels[inside] == frame_rows[inside] % 8).all()
+    inside = rows != bank.zero_row
+    frame_index = (rows - bank.first[plan.video][:, None]).where(inside, -1)
+    assert (labels[inside] == rows[inside] % 8).all()
     assert (labels[~inside] == IGNORE_LABEL).all()
-    assert (batch.frame_index < bank.num_frames[batch.video][:, None]).all()
+    assert (frame_index[inside] >= 0).all()
+    assert (frame_index < bank.num_frames[plan.video][:, None]).all()
     seen = inside & batch.valid
-    assert (batch.embeddings[seen][:, 0] == frame_rows[seen].to(torch.float16)).all()
+    assert (batch.embeddings[seen][:, 0] == rows[seen].to(torch.float16)).all()
     assert (labels != IGNORE_LABEL).any(dim=1).all(), "a labelled frame survives in every window"
-    ordered = batch.frame_index.cummax(dim=1).values
-    assert (ordered == batch.frame_index)[inside].all(), "frames stay in order"
+    ordered = frame_index.cummax(dim=1).values
+    assert (ordered == frame_index)[inside].all(), "frames stay in order"
 
 
 def test_skipping_drops_the_share_and_leaves_no_gap() -> None:
     bank = bank_of([4_000])
-    row_labels = torch.zeros(4_001, dtype=torch.int64)
-    row_labels[-1] = IGNORE_LABEL
+    labelled = torch.ones(4_001, dtype=torch.bool)
+    labelled[-1] = False
     plan = plan_windows(bank.num_frames, 100, 100)
     for mode in ("drop", "mask"):
         skip = SkipConfig.model_validate({"mode": mode, "share": [0.2, 0.4]})
-        rows = skip_frames(plan, bank.first, row_labels, 100, skip, torch.Generator().manual_seed(0))
+        rows = skip_frames(plan, bank.first, labelled, 100, skip, torch.Generator().manual_seed(0))
         kept = rows != bank.zero_row
         share = 1 - kept.float().mean(dim=1)
         # 40 windows of 100 frames: the mean is .30 with a standard error below .012 (the draw and the share's range).
@@ -153,20 +154,20 @@ def test_skipping_drops_the_share_and_leaves_no_gap() -> None:
 @given(seed=st.integers(0, 500), place=st.integers(0, P - 1))
 def test_the_only_labelled_frame_survives(mode: str, seed: int, place: int) -> None:
     bank = bank_of([P])
-    row_labels = torch.full((P + 1,), IGNORE_LABEL)
-    row_labels[place] = 2
+    labelled = torch.arange(P + 1) == place
     skip = SkipConfig.model_validate({"mode": mode, "share": [0.9, 0.95], "speed": [0.3, 2.0]})
     plan = plan_windows(bank.num_frames, P, P)
-    rows = skip_frames(plan, bank.first, row_labels, P, skip, torch.Generator().manual_seed(seed))
+    rows = skip_frames(plan, bank.first, labelled, P, skip, torch.Generator().manual_seed(seed))
     assert place in rows[0].tolist()
 
 
 def test_resampling_changes_speed_within_its_range() -> None:
     bank = bank_of([1_000])
-    row_labels = torch.zeros(1_001, dtype=torch.int64)
     skip = SkipConfig(mode="resample", speed=(0.6, 1.4))
     plan = plan_windows(bank.num_frames, 100, 10)
-    rows = skip_frames(plan, bank.first, row_labels, 100, skip, torch.Generator().manual_seed(0))
+    rows = skip_frames(
+        plan, bank.first, torch.ones(1_001, dtype=torch.bool), 100, skip, torch.Generator().manual_seed(0)
+    )
     span = rows[:, -1] - rows[:, 0] + 1
     assert int(span.min()) < 75
     assert int(span.max()) > 125
@@ -292,7 +293,7 @@ def test_each_window_is_gathered_in_the_view_that_was_drawn_for_it() -> None:
     )
     rows = torch.tensor([[1, 2], [3, 6], [4, 5]])
     views, drawn = ["erase0", "plain", "mirror"], [2, 0, 1]
-    found = gather_windows(bank, {}, rows, torch.zeros(3, dtype=torch.int64), views, drawn)
+    found = gather_windows(bank, {}, rows, views, drawn)
     assert found.embeddings[..., 0].tolist() == [[-1, -2], [30, 0], [4, 5]]
 
 

@@ -51,13 +51,13 @@ class LabelledBank:
             {name: of.masked_fill(hidden[name], TASKS[name].unlabelled) for name, of in self.labels.items()},
         )
 
-    def any_label(self) -> Tensor:
-        """0 for rows that are labelled for any task, for any of its action units, else IGNORE_LABEL; int64 (N + 1,)."""
+    def labelled(self) -> Tensor:
+        """Which rows are labelled for any task, for any of its action units; bool (N + 1,)."""
         labelled = torch.zeros_like(self.bank.valid)
         for name, of_task in self.labels.items():
             known = annotated(of_task, TASKS[name])
             labelled |= known.flatten(1).any(dim=1) if known.ndim > 1 else known
-        return torch.where(labelled, 0, IGNORE_LABEL)
+        return labelled
 
     def means(self) -> list[float]:
         """Class shares, mean valence and arousal, shares of present action units, over the labelled rows; (C,)."""

@@ -202,11 +202,11 @@ def training_plan(train: LabelledBank, config: PipelineConfig) -> WindowPlan:
     """
     windows = config.windows
     plan = plan_windows(train.bank.num_frames.cpu(), windows.window_frames, windows.train_stride)
-    first, any_label = train.bank.first.cpu(), train.any_label().cpu()
+    first, labelled = train.bank.first.cpu(), train.labelled().cpu()
     shares = []
     for block in plan.blocks():
         rows = window_rows(block, first, windows.window_frames, train.bank.zero_row)
-        shares.append(labelled_share(any_label[rows], rows != train.bank.zero_row))
+        shares.append(labelled_share(labelled[rows], rows != train.bank.zero_row))
     plan = plan.select(torch.cat(shares) >= config.loss.min_labelled)
     if len(plan) == 0:
         raise DataError(
@@ -242,12 +242,11 @@ class _Learning:
 
 
 class WindowDraw(NamedTuple):
-    """B windows of an optimiser step as they were drawn, on the host: bank rows (B, P), videos (B,), channels that stay
-    (B, D), the number of each one's view (B,), words for its masks (of no frames where nothing is masked), and the
+    """B windows of an optimiser step as they were drawn, on the host: bank rows (B, P), channels that stay (B, D),
+    the number of each one's view (B,), words for its masks (of no frames where nothing is masked), and the
     units that each task has in the step."""
 
     rows: Tensor
-    video: Tensor
     keep: Tensor
     view: list[int]
     words: MaskWords
@@ -272,7 +271,7 @@ class Drawing:
 
     def __init__(self, train: LabelledBank, plan: WindowPlan, config: PipelineConfig) -> None:
         self.plan, self.config = plan, config
-        self.first, self.any_label = train.bank.first.cpu(), train.any_label().cpu()
+        self.first, self.labelled = train.bank.first.cpu(), train.labelled().cpu()
         self.row_labels = {name: of_task.cpu() for name, of_task in train.labels.items()}
         self.embedding_dim, self.zero_row = train.bank.embedding_dim, train.bank.zero_row
         self.per_epoch = config.train.windows_per_epoch or len(plan)
@@ -316,13 +315,13 @@ class Drawing:
             seeds = (config.seed, epoch, step)
             augmentation = torch.Generator().manual_seed(seed_of(*seeds))
             plan, count = self.plan.select(of_step), len(of_step)
-            rows = skip_frames(plan, self.first, self.any_label, windows.window_frames, windows.skip, augmentation)
+            rows = skip_frames(plan, self.first, self.labelled, windows.window_frames, windows.skip, augmentation)
             block = cache(partial(self._block, masks, count, augmentation, seeds))
             units = {
                 each.name: count_units(each, of_rows(self.row_labels[each.name], rows), config) for each in config.tasks
             }
             yield [
-                WindowDraw(rows[part], plan.video[part], *self._augmentation(part, block), units)
+                WindowDraw(rows[part], *self._augmentation(part, block), units)
                 for part in split_step(
                     torch.arange(count), state.process_index, state.num_processes, passes_of_step(config, count)
                 )
@@ -373,7 +372,7 @@ def gather_draw(train: LabelledBank, draw: WindowDraw, config: PipelineConfig) -
     def augmented(embeddings: Tensor) -> Tensor:
         return mask_input(erase_channels(embeddings, keep), words, config.windows.random_masking)
 
-    batch = gather_windows(train.bank, train.labels, draw.rows, draw.video, config.windows.views, draw.view)
+    batch = gather_windows(train.bank, train.labels, draw.rows, config.windows.views, draw.view)
     mirrored = augmented(gather_view(train.bank, MIRROR, draw.rows)) if config.loss.consistency else None
     return batch._replace(embeddings=augmented(batch.embeddings), mirrored=mirrored)
 
@@ -403,7 +402,7 @@ def _objective(
     if learning.memory:
         of_classes = output_columns(config.tasks)[next(task.name for task in config.tasks if task.kind == "classes")]
         predictions, zero_row = learning.memory["predictions"], train.bank.zero_row
-        rows = (train.bank.first[batch.video][:, None] + batch.frame_index).masked_fill(~batch.valid, zero_row)
+        rows = batch.rows.masked_fill(~batch.valid, zero_row)
         update_memory(predictions, rows.flatten(), logits[..., of_classes].flatten(0, 1))
         predictions[zero_row] = 0  # stood for the frames that are not valid
         remembered = predictions[rows]

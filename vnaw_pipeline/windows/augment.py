@@ -11,24 +11,23 @@ import torch
 from torch import Tensor
 
 from vnaw_pipeline.config import MaskingConfig, SkipConfig
-from vnaw_pipeline.tasks import IGNORE_LABEL
 from vnaw_pipeline.windows.plan import WindowPlan, of_rows, window_rows
 
 
 def skip_frames(
     plan: WindowPlan,
     first: Tensor,
-    row_labels: Tensor,
+    labelled: Tensor,
     window_frames: int,
     skip: SkipConfig,
     generator: torch.Generator,
 ) -> Tensor:
     """Bank rows of augmented windows, int64 (B, P); what is skipped or past the end is the bank's zero row.
 
-    `row_labels` is int64 (N + 1,), the label of each bank row. At least one labelled frame of a window survives.
+    `labelled` is bool (N + 1,), whether a bank row has a label. At least one labelled frame of a window survives.
     Source: V-NAW Eq. 3 (`drop`, `mask`); `resample` is the variant of the authors' code.
     """
-    zero_row = len(row_labels) - 1
+    zero_row = len(labelled) - 1
     rows = window_rows(plan, first, window_frames, zero_row)
     if skip.mode == "none":
         return rows
@@ -36,9 +35,9 @@ def skip_frames(
         resampled = _resample(plan, first, window_frames, skip.speed, generator)
         # A video shorter than a window keeps its own length: it is not stretched to look longer than it is.
         is_long = (first[plan.video + 1] - first[plan.video] >= window_frames)[:, None]
-        keeps_label = (row_labels[resampled] != IGNORE_LABEL).any(dim=1, keepdim=True)
+        keeps_label = labelled[resampled].any(dim=1, keepdim=True)
         return torch.where(is_long & keeps_label, resampled, rows)
-    keep = draw_kept(of_rows(row_labels, rows) != IGNORE_LABEL, rows != zero_row, skip.share, generator)
+    keep = draw_kept(of_rows(labelled, rows), rows != zero_row, skip.share, generator)
     kept = torch.where(keep, rows, zero_row)
     if skip.mode == "drop":
         kept.numpy().sort(axis=1)  # in place; the zero row is the bank's last, so what is skipped goes to the end

@@ -77,9 +77,9 @@ def window_labels(labels: Tensor, num_classes: int) -> Tensor:
     return torch.where(is_class.any(dim=(1, 2)), score.argmax(dim=1), IGNORE_LABEL)
 
 
-def labelled_share(labels: Tensor, inside: Tensor) -> Tensor:
-    """Share of a window's frames that carry a label, float (M,); `inside` (M, P) marks frames of the video."""
-    return (labels != IGNORE_LABEL).sum(dim=1) / inside.sum(dim=1).clamp(min=1)
+def labelled_share(labelled: Tensor, inside: Tensor) -> Tensor:
+    """Share of a window's frames that are `labelled` (M, P), float (M,); `inside` (M, P) marks frames of the video."""
+    return labelled.sum(dim=1) / inside.sum(dim=1).clamp(min=1)
 
 
 def balanced_weights(labels: Tensor, num_classes: int, power: float = 1.0) -> Tensor:
