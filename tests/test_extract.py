@@ -28,7 +28,7 @@ from vnaw_pipeline.features import store as store_module
 from vnaw_pipeline.features.encode import Chunk
 from vnaw_pipeline.features.encoder import Preprocessing, build_encoder, encoder_of_weights, load_encoder
 from vnaw_pipeline.features.extract import extract_features, share_of
-from vnaw_pipeline.features.store import open_store
+from vnaw_pipeline.features.store import open_store, what_to_set
 
 from .conftest import DrawnData
 
@@ -189,12 +189,19 @@ def test_other_weights_or_settings_are_refused(
         ({"encoder": tiny_config.encoder.model_copy(update={"mean": (0.5, 0.5, 0.5)})}, "mean: found"),
         (
             {"extract": tiny_config.extract.model_copy(update={"crop_set": "other"})},
-            "alike, --set extract.crop_set=cropped_aligned",
+            "crops: found 'cropped_aligned'.* --set 'extract.crop_set=\"cropped_aligned\"'",
         ),
         ({"extract": tiny_config.extract.model_copy(update={"precision": "bf16"})}, "precision: found 'fp32'"),
     ):
         with pytest.raises(StoreError, match=words):
             extract_features(drawn.manifest, drawn.crops, drawn_store, tiny_config.model_copy(update=change))
+
+
+def test_what_to_set_is_said_of_extracted_features_alone() -> None:
+    made = {"backend": "torch", "precision": "fp32", "crops": "112 px"}
+    assert what_to_set(made, made | {"precision": "bf16"}) == " Here that takes --set extract.precision=fp32."
+    assert """--set 'extract.crop_set="112 px"'""" in what_to_set(made, made | {"crops": "own"})
+    assert what_to_set(made, {"imported": "tree"}) == what_to_set({"imported": "tree"}, made) == ""
 
 
 def command(drawn: DrawnData, config: PipelineConfig, store: Path, tmp_path: Path) -> list[str]:

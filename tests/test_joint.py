@@ -229,13 +229,13 @@ def labelled_bank() -> LabelledBank:
 
 
 def test_labels_are_counted_for_any_task_and_only_where_there_is_a_face() -> None:
-    labelled = labelled_bank()
-    assert labelled.labelled().tolist() == [True, False, True, True, True, False]
-    learnable = labelled.learnable()
+    train = labelled_bank()
+    assert train.labelled().tolist() == [True, False, True, True, True, False]
+    learnable = train.learnable()
     assert learnable.labelled().tolist() == [True, False, False, True, True, False]
     expected = [1, *[0] * 7, 0.125, 0.5, 0.5, 0.0, *[0] * 10]
     assert learnable.means() == pytest.approx(expected)
-    assert labelled.digest() != learnable.digest()
+    assert train.digest() != learnable.digest()
 
 
 def test_windows_that_only_a_further_task_labels_are_drawn_in_their_share() -> None:

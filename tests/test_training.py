@@ -407,6 +407,10 @@ def test_remembered_predictions_survive_a_stop(
     assert ((memory > 0).all(dim=1) | (memory == 0).all(dim=1)).all()
     assert (memory[:-1] > 0).any()
     assert (memory[-1] == 0).all(), "the row of no frame is never remembered"
+    learnt = drawn.manifest.video_id[drawn.manifest.split == "train"]
+    valid = np.concatenate([open_store(drawn_store).valid(video_id) for video_id in learnt])
+    assert not valid.all()
+    assert (memory[:-1][~torch.from_numpy(valid)] == 0).all(), "nor is one without a face"
     train(drawn, drawn_store, tmp_path / "parts", config)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 

@@ -72,7 +72,6 @@ def test_rows_stop_at_the_end_of_the_video() -> None:
     assert rows[0].tolist() == [*range(8), *[38] * 12]
     assert rows[2].tolist() == list(range(18, 38))
     batch = gather_windows(bank, {}, rows)
-    assert torch.equal(batch.rows, rows)
     assert not batch.valid[0, 8:].any()
     assert (batch.embeddings[0, 8:] == 0).all()
 

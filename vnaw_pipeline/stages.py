@@ -74,7 +74,7 @@ class Failure:
 class StageReport:
     """Outcome of a stage: counts of its units (videos, chunks, epochs) and every failure.
 
-    `units` names what is counted; `frames` is how many frames were worked on in `seconds`.
+    `units` names what is counted, in the plural; `frames` is how many frames were worked on in `seconds`.
     """
 
     stage: str

@@ -109,7 +109,7 @@ class Encoder(nn.Module):
         """(B, P, W) from (B, P, W), or from frames (U, W) and their `places`, and the attention mask (B, 1, P, P)."""
         for depth, layer in enumerate(self.layers, start=1):
             hidden = layer(hidden, seen, self.drop_path * depth / len(self.layers), places)
-            places = None  # of windows
+            places = None  # they are windows from here on
         return hidden
 
 

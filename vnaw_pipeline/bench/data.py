@@ -31,7 +31,8 @@ _MEDIAN_FRAMES, _MEAN_FRAMES = 4002, 4927
 _SHORTEST, _LONGEST = 73, 47_435
 _SPLIT_SHARES = (0.456, 0.128, 0.416)
 _ORDER_SEED = 841
-"""Of the order in which 548 lengths give splits of the sizes of Aff-Wild2: 0.45 M frames validate, 1.02 M are tests."""
+"""Of an order, found by trying 4,000, in which 453,535 frames of 548 videos validate and 1,022,655 are tests, as of
+Aff-Wild2's with expressions, within 2%."""
 _VALID_SHARE = 0.985
 _SPAN_FRAMES = 150
 """Frames in a row with one label."""

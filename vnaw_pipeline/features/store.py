@@ -8,6 +8,7 @@ it is written whole, `valid` first, by one process; it is done if and only if it
 
 import json
 import os
+import shlex
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -339,13 +340,15 @@ def create_store(
 
 
 def what_to_set(made: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Sentences with the options that make features as `made` was, where the defaults or the crops' names gave other
-    ones `here`."""
-    unlike = [key for key in ("backend", "precision", "crops") if key in made and made[key] != here.get(key)]
-    options = [f"--set extract.{key}={made[key]}" for key in unlike if key != "crops"]
-    said = f" Here that takes {' '.join(options)}." if options else ""
-    if "crops" in unlike:
-        said += f" Where the crops are cut alike, --set extract.crop_set={made['crops']} in `vnaw extract` says so."
+    """Sentences with the options that make features as `made` was, where those `here` were extracted differently."""
+    both = [key for key in ("backend", "precision", "crops") if key in made and key in here]  # not of imported ones
+    unlike = {key: made[key] for key in both if made[key] != here[key]}
+    crops = unlike.pop("crops", "")
+    options = " ".join(f"--set extract.{key}={value}" for key, value in unlike.items())
+    said = f" Here that takes {options}." if options else ""
+    if crops:
+        alike = shlex.quote(f"extract.crop_set={json.dumps(crops)}")
+        said += f" Where the crops are cut alike, `vnaw extract --set {alike}` says so."
     return said
 
 

@@ -206,7 +206,7 @@ def training_plan(train: LabelledBank, config: PipelineConfig) -> WindowPlan:
     shares = []
     for block in plan.blocks():
         rows = window_rows(block, first, windows.window_frames, train.bank.zero_row)
-        shares.append(labelled_share(labelled[rows], rows != train.bank.zero_row))
+        shares.append(labelled_share(of_rows(labelled, rows), rows != train.bank.zero_row))
     plan = plan.select(torch.cat(shares) >= config.loss.min_labelled)
     if len(plan) == 0:
         raise DataError(

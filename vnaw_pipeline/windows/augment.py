@@ -35,7 +35,7 @@ def skip_frames(
         resampled = _resample(plan, first, window_frames, skip.speed, generator)
         # A video shorter than a window keeps its own length: it is not stretched to look longer than it is.
         is_long = (first[plan.video + 1] - first[plan.video] >= window_frames)[:, None]
-        keeps_label = labelled[resampled].any(dim=1, keepdim=True)
+        keeps_label = of_rows(labelled, resampled).any(dim=1, keepdim=True)
         return torch.where(is_long & keeps_label, resampled, rows)
     keep = draw_kept(of_rows(labelled, rows), rows != zero_row, skip.share, generator)
     kept = torch.where(keep, rows, zero_row)
