@@ -290,7 +290,7 @@ def test_processes_together_draw_what_one_draws(
     shares = [parts(index, processes, accumulation) for index in range(processes)]
     in_order = [draw for share in shares for draw in share]
     assert [view for draw in in_order for view in draw.view] == whole.view
-    for name in ("rows", "keep"):
+    for name in ("rows", "video", "keep"):
         torch.testing.assert_close(torch.cat([getattr(draw, name) for draw in in_order]), getattr(whole, name))
     for found, wanted in zip(zip(*(draw.words for draw in in_order), strict=True), whole.words, strict=True):
         torch.testing.assert_close(torch.cat(found), wanted)

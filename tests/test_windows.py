@@ -71,7 +71,8 @@ def test_rows_stop_at_the_end_of_the_video() -> None:
     assert plan.video.tolist() == [0, 1, 1]
     assert rows[0].tolist() == [*range(8), *[38] * 12]
     assert rows[2].tolist() == list(range(18, 38))
-    batch = gather_windows(bank, {}, rows)
+    batch = gather_windows(bank, {}, rows, plan.video)
+    assert batch.frame_index[0].tolist() == [*range(8), *[-1] * 12]
     assert not batch.valid[0, 8:].any()
     assert (batch.embeddings[0, 8:] == 0).all()
 
@@ -116,19 +117,18 @@ def test_labels_travel_with_their_frames(mode: str, seed: int) -> None:
     plan = plan_windows(bank.num_frames, P, 10)
     skip = SkipConfig.model_validate({"mode": mode})
     rows = skip_frames(plan, bank.first, row_labels >= 0, P, skip, torch.Generator().manual_seed(seed))
-    batch = gather_windows(bank, {"expr8": row_labels}, rows)
+    batch = gather_windows(bank, {"expr8": row_labels}, rows, plan.video)
     labels = batch.labels["expr8"]
-    inside = rows != bank.zero_row
-    frame_index = (rows - bank.first[plan.video][:, None]).where(inside, -1)
-    assert (labels[inside] == rows[inside] % 8).all()
+    inside = batch.frame_index >= 0
+    frame_rows = bank.first[batch.video][:, None] + batch.frame_index
+    assert (labels[inside] == frame_rows[inside] % 8).all()
     assert (labels[~inside] == IGNORE_LABEL).all()
-    assert (frame_index[inside] >= 0).all()
-    assert (frame_index < bank.num_frames[plan.video][:, None]).all()
+    assert (batch.frame_index < bank.num_frames[batch.video][:, None]).all()
     seen = inside & batch.valid
-    assert (batch.embeddings[seen][:, 0] == rows[seen].to(torch.float16)).all()
+    assert (batch.embeddings[seen][:, 0] == frame_rows[seen].to(torch.float16)).all()
     assert (labels != IGNORE_LABEL).any(dim=1).all(), "a labelled frame survives in every window"
-    ordered = frame_index.cummax(dim=1).values
-    assert (ordered == frame_index)[inside].all(), "frames stay in order"
+    ordered = batch.frame_index.cummax(dim=1).values
+    assert (ordered == batch.frame_index)[inside].all(), "frames stay in order"
 
 
 def test_skipping_drops_the_share_and_leaves_no_gap() -> None:
@@ -292,7 +292,7 @@ def test_each_window_is_gathered_in_the_view_that_was_drawn_for_it() -> None:
     )
     rows = torch.tensor([[1, 2], [3, 6], [4, 5]])
     views, drawn = ["erase0", "plain", "mirror"], [2, 0, 1]
-    found = gather_windows(bank, {}, rows, views, drawn)
+    found = gather_windows(bank, {}, rows, torch.zeros(3, dtype=torch.int64), views, drawn)
     assert found.embeddings[..., 0].tolist() == [[-1, -2], [30, 0], [4, 5]]
 
 

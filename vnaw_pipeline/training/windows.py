@@ -242,11 +242,12 @@ class _Learning:
 
 
 class WindowDraw(NamedTuple):
-    """B windows of an optimiser step as they were drawn, on the host: bank rows (B, P), channels that stay (B, D),
-    the number of each one's view (B,), words for its masks (of no frames where nothing is masked), and the
+    """B windows of an optimiser step as they were drawn, on the host: bank rows (B, P), videos (B,), channels that stay
+    (B, D), the number of each one's view (B,), words for its masks (of no frames where nothing is masked), and the
     units that each task has in the step."""
 
     rows: Tensor
+    video: Tensor
     keep: Tensor
     view: list[int]
     words: MaskWords
@@ -321,7 +322,7 @@ class Drawing:
                 each.name: count_units(each, of_rows(self.row_labels[each.name], rows), config) for each in config.tasks
             }
             yield [
-                WindowDraw(rows[part], *self._augmentation(part, block), units)
+                WindowDraw(rows[part], plan.video[part], *self._augmentation(part, block), units)
                 for part in split_step(
                     torch.arange(count), state.process_index, state.num_processes, passes_of_step(config, count)
                 )
@@ -372,7 +373,7 @@ def gather_draw(train: LabelledBank, draw: WindowDraw, config: PipelineConfig) -
     def augmented(embeddings: Tensor) -> Tensor:
         return mask_input(erase_channels(embeddings, keep), words, config.windows.random_masking)
 
-    batch = gather_windows(train.bank, train.labels, draw.rows, config.windows.views, draw.view)
+    batch = gather_windows(train.bank, train.labels, draw.rows, draw.video, config.windows.views, draw.view)
     mirrored = augmented(gather_view(train.bank, MIRROR, draw.rows)) if config.loss.consistency else None
     return batch._replace(embeddings=augmented(batch.embeddings), mirrored=mirrored)
 
@@ -402,7 +403,7 @@ def _objective(
     if learning.memory:
         of_classes = output_columns(config.tasks)[next(task.name for task in config.tasks if task.kind == "classes")]
         predictions, zero_row = learning.memory["predictions"], train.bank.zero_row
-        rows = batch.rows.masked_fill(~batch.valid, zero_row)
+        rows = (train.bank.first[batch.video][:, None] + batch.frame_index).masked_fill(~batch.valid, zero_row)
         update_memory(predictions, rows.flatten(), logits[..., of_classes].flatten(0, 1))
         predictions[zero_row] = 0  # stood for the frames that are not valid
         remembered = predictions[rows]

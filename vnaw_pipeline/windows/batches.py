@@ -17,14 +17,16 @@ class WindowBatch(NamedTuple):
     """B windows of P positions. A position without a frame, or whose frame has no face, is not `valid` and zero.
 
     `embeddings` float16 (B, P, D), `valid` bool (B, P), `labels` of each task (B, P) or (B, P, outputs) with the
-    task's `unlabelled` where there is none, `rows` int64 (B, P) of the bank. `mirrored` (B, P, D) are the mirror images
-    of the same frames, where they are asked for.
+    task's `unlabelled` where there is none, `frame_index` int64 (B, P) in the video (-1 where there is no frame),
+    `video` int64 (B,) in the bank. `mirrored` (B, P, D) are the mirror images of the same frames, where they are
+    asked for.
     """
 
     embeddings: Tensor
     valid: Tensor
     labels: Mapping[TaskName, Tensor]
-    rows: Tensor
+    frame_index: Tensor
+    video: Tensor
     mirrored: Tensor | None = None
 
 
@@ -32,15 +34,17 @@ def gather_windows(
     bank: FeatureBank,
     row_labels: Mapping[TaskName, Tensor],
     rows: Tensor,
+    video: Tensor,
     views: Sequence[str] = (PLAIN,),
     drawn: Sequence[int] = (),
 ) -> WindowBatch:
-    """Look up bank rows (B, P) of windows; `row_labels` are (N + 1, ...) for each task.
+    """Look up bank rows (B, P) of windows of the videos (B,); `row_labels` are (N + 1, ...) for each task.
 
     What is drawn comes from the host, the batch lies on the bank's device; nothing waits for what that still has to do.
     Of several views, window b is seen in `views[drawn[b]]`.
     """
-    device_rows = put(rows, bank.device)
+    device_rows, video = put(rows, bank.device), put(video, bank.device)
+    frame_index = (device_rows - bank.first[video][:, None]).masked_fill_(device_rows == bank.zero_row, -1)
     embeddings = gather_view(bank, views[0], rows)
     for number, view in enumerate(views[1:], start=1):
         chosen = torch.tensor([window for window, of in enumerate(drawn) if of == number], dtype=torch.int64)
@@ -49,7 +53,8 @@ def gather_windows(
         embeddings=embeddings,
         valid=of_rows(bank.valid, device_rows),
         labels={name: of_rows(of_task, device_rows) for name, of_task in row_labels.items()},
-        rows=device_rows,
+        frame_index=frame_index,
+        video=video,
     )
 
 
